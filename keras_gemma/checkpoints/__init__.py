@@ -1,0 +1,1 @@
+"""Presets in and out."""

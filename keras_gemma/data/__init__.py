@@ -1,0 +1,7 @@
+"""Examples → preprocessed batches, for everything `fit` is given."""
+
+from keras_gemma.data.batches import preprocessed
+from keras_gemma.data.batches import split_off_validation
+from keras_gemma.data.batches import yields_batches
+
+__all__ = ["preprocessed", "split_off_validation", "yields_batches"]

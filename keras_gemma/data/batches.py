@@ -1,0 +1,221 @@
+"""What users hand to `fit`, as batches that have been through a preprocessing function.
+
+    Python or NumPy examples ─────┐
+    Grain, PyDataset, tf.data ────┼→ preprocess → (x, y, sample_weight)
+    generator, torch DataLoader ──┘
+"""
+
+import collections.abc
+import math
+import sys
+
+import keras
+import numpy as np
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
+    """Applies `preprocess(x, y, sample_weight)` to every batch of `x`.
+
+    Args:
+        x: examples as a list, an array, a dict or tuple of these; or batches as a `keras.utils.PyDataset`, a
+            `tf.data.Dataset`, a Grain data set, or an iterator.
+        y, sample_weight: as `x`, for examples only.
+        batch_size: int, for examples only. 32 if `None`.
+        preprocess: callable from one batch to `(x, y, sample_weight)`.
+        shuffle: bool, for examples only. Draws a new order each epoch.
+
+    Returns:
+        Batches in a form that `keras.Model.fit` takes.
+
+    Raises:
+        ValueError: for a lone example, lengths that differ, and labels or a batch size beside batches.
+    """
+    if not yields_batches(x):
+        return ExampleBatches(x, y, sample_weight, batch_size or DEFAULT_BATCH_SIZE, preprocess, shuffle)
+    _refuse_beside_batches(x, y=y, sample_weight=sample_weight, batch_size=batch_size)
+    if isinstance(x, keras.utils.PyDataset):
+        return PreprocessedDataset(x, preprocess)
+    if _is_tf_dataset(x):
+        tf = sys.modules["tensorflow"]
+        return x.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    if _is_grain(x):
+        return _preprocessed_grain(x, preprocess)
+    return (_preprocess_batch(preprocess, batch) for batch in x)
+
+
+def yields_batches(x):
+    """Whether `x` is made of batches rather than of examples."""
+    return (
+        isinstance(x, (keras.utils.PyDataset, collections.abc.Iterator))
+        or _is_tf_dataset(x)
+        or _is_grain(x)
+        or type(x).__module__.startswith("torch.utils.data")
+    )
+
+
+def _is_tf_dataset(x):
+    tf = sys.modules.get("tensorflow")
+    return tf is not None and hasattr(tf, "data") and isinstance(x, tf.data.Dataset)
+
+
+def _is_grain(x):
+    # A Grain data set can only exist where Grain has been imported.
+    grain = sys.modules.get("grain")
+    return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset, grain.DataLoader))
+
+
+def _preprocessed_grain(x, preprocess):
+    grain = sys.modules["grain"]
+    if isinstance(x, grain.MapDataset) and len(x) < sys.maxsize:
+        return GrainBatches(x, preprocess)
+    if isinstance(x, grain.DataLoader):
+        return (_preprocess_batch(preprocess, batch) for batch in x)
+    return x.map(lambda batch: _preprocess_batch(preprocess, batch))
+
+
+def _preprocess_batch(preprocess, batch):
+    # A list is a batch of examples; only a tuple carries labels or weights.
+    parts = keras.utils.unpack_x_y_sample_weight(batch) if isinstance(batch, tuple) else (batch,)
+    return preprocess(*parts)
+
+
+def split_off_validation(x, y, sample_weight, share):
+    """Cuts the last `share` of the examples off, as Keras does, before any shuffling.
+
+    Returns:
+        `(x, y, sample_weight)` to train on and the same to validate on.
+
+    Raises:
+        ValueError: if one of the two would be empty, or `x` is not a collection of examples.
+    """
+    if yields_batches(x):
+        raise ValueError(
+            "`validation_split` cuts lists and arrays of examples; pass `validation_data` beside a data set. "
+            f"Received: {type(x).__name__}"
+        )
+    count = count_examples(x)
+    cut = math.floor(count * (1 - share))
+    if not 0 < cut < count:
+        raise ValueError(
+            f"`validation_split` must leave examples on both sides. Received: {share} of {count} examples."
+        )
+    parts = (x, y, sample_weight)
+    first, last = range(cut), range(cut, count)
+    return tuple(take(part, first) for part in parts), tuple(take(part, last) for part in parts)
+
+
+class ExampleBatches(keras.utils.PyDataset):
+    """Batches of examples that lie in memory, preprocessed when they are asked for."""
+
+    def __init__(self, x, y, sample_weight, batch_size, preprocess, shuffle):
+        super().__init__()
+        counts = {count_examples(part) for part in (x, y, sample_weight) if part is not None}
+        if len(counts) != 1:
+            raise ValueError(
+                "`x`, `y` and `sample_weight` need as many examples each. "
+                f"Received: {sorted(counts)}"
+            )
+        self._parts = (x, y, sample_weight)
+        self._order = np.arange(counts.pop())
+        self._batch_size = batch_size
+        self._preprocess = preprocess
+        self._shuffle = shuffle
+        self.on_epoch_end()
+
+    def __len__(self):
+        return math.ceil(len(self._order) / self._batch_size)
+
+    def __getitem__(self, index):
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._preprocess(*(take(part, rows) for part in self._parts))
+
+    def on_epoch_end(self):
+        if self._shuffle:
+            # The global generator is the one that `keras.utils.set_random_seed` seeds.
+            np.random.shuffle(self._order)
+
+
+class PreprocessedDataset(keras.utils.PyDataset):
+    """A user's `PyDataset` whose batches go through a preprocessing function."""
+
+    def __init__(self, dataset, preprocess):
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self._dataset = dataset
+        self._preprocess = preprocess
+
+    @property
+    def num_batches(self):
+        return self._dataset.num_batches
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        return _preprocess_batch(self._preprocess, self._dataset[index])
+
+    def on_epoch_begin(self):
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self._dataset.on_epoch_end()
+
+
+class GrainBatches(keras.utils.PyDataset):
+    """A finite Grain `MapDataset` of batches. Knowing the length, Keras starts each epoch from its beginning."""
+
+    def __init__(self, dataset, preprocess):
+        super().__init__()
+        self._dataset = dataset
+        self._preprocess = preprocess
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        return _preprocess_batch(self._preprocess, self._dataset[index])
+
+
+def count_examples(part):
+    """Number of examples in a list, an array, or a dict or tuple of them."""
+    if isinstance(part, dict):
+        counts = {name: count_examples(value) for name, value in part.items() if value is not None}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"Every field needs as many examples. Received: {counts}")
+        return next(iter(counts.values()))
+    if isinstance(part, (str, bytes)) or not _has_length(part):
+        raise ValueError(
+            "A list or array of examples is expected; wrap a single example in a list. "
+            f"Received: {part!r}"
+        )
+    if isinstance(part, list) and part and isinstance(part[0], dict) and "role" in part[0]:
+        raise ValueError("A list of dialogues is expected. Received a single dialogue: wrap it in a list.")
+    return len(part)
+
+
+def take(part, rows):
+    """The examples at `rows`, in the structure of `part`."""
+    if part is None:
+        return None
+    if isinstance(part, dict):
+        return {name: take(value, rows) for name, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [part[row] for row in rows]
+    return part[np.asarray(rows)]
+
+
+def _has_length(part):
+    return hasattr(part, "__len__") and getattr(part, "shape", None) != ()
+
+
+def _refuse_beside_batches(x, **beside):
+    given = [name for name, value in beside.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"A {type(x).__name__} yields whole batches, so {', '.join(f'`{name}`' for name in given)} must be left out."
+        )

@@ -1,0 +1,218 @@
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_gemma.models.decoder_block import GemmaDecoderBlock
+from keras_gemma.models.optional_inputs import with_optional_inputs
+from keras_gemma.models.reversible_embedding import ReversibleEmbedding
+from keras_gemma.models.rms_normalization import RMSNormalization
+from keras_gemma.models.rotary_embedding import RotaryEmbedding
+
+# keras-hub's constructor serves Gemma 2 too. Gemma 1 has these values and no others.
+GEMMA_1_ONLY = {
+    "query_head_dim_normalize": True,
+    "use_post_ffw_norm": False,
+    "use_post_attention_norm": False,
+    "attention_logit_soft_cap": None,
+    "final_logit_soft_cap": None,
+    "use_sliding_window_attention": False,
+}
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class SegmentIds(keras.layers.Layer):
+    """Segment ids `[B, T]` with 0 where padded, from a padding mask and optional packed segment ids."""
+
+    def call(self, padding_mask, segment_ids=None):
+        real = ops.cast(padding_mask, "int32")
+        return real if segment_ids is None else real * ops.cast(segment_ids, "int32")
+
+    def compute_output_spec(self, padding_mask, segment_ids=None):
+        return keras.KerasTensor(padding_mask.shape, "int32")
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class EmbeddingScale(keras.layers.Layer):
+    """Multiplies by sqrt(D), rounded to the dtype of the activations as the reference rounds it."""
+
+    def call(self, x):
+        return x * ops.cast(np.sqrt(x.shape[-1]), x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class GemmaBackbone(keras_hub.models.Backbone):
+    """The Gemma 1 network from token ids to final hidden states (arXiv 2403.08295).
+
+    Arguments, layer names and weight files are those of `keras_hub.models.GemmaBackbone`.
+
+    Args:
+        vocabulary_size: int, `V`.
+        num_layers: int, `L`.
+        num_query_heads: int, `N`.
+        num_key_value_heads: int, `K`; divides `N`.
+        hidden_dim: int, the width `D`.
+        intermediate_dim: int. Both branches of the GeGLU together, `2F`.
+        head_dim: int, `H`; even.
+        layer_norm_epsilon: float.
+        dropout: float. Share of attention weights dropped in training.
+        dtype: a dtype policy or its name. Norms, rotary embedding, softmax and logits are float32 under
+            every policy.
+        query_head_dim_normalize, use_post_ffw_norm, use_post_attention_norm, attention_logit_soft_cap,
+            final_logit_soft_cap, use_sliding_window_attention, sliding_window_size: as in keras-hub, with the
+            values of Gemma 1 only.
+
+    Call arguments:
+        inputs: dict of int tensors `[B, T]`: `token_ids`, `padding_mask` (1 where a token stands), and for
+            packed rows optionally `segment_ids` (from 1; tokens of different segments do not see each other)
+            and `positions` (from 0 in every segment).
+
+    Returns:
+        Hidden states `[B, T, D]` in the compute dtype.
+
+    Raises:
+        ValueError: for a value that Gemma 1 does not have, or heads that do not divide.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.models import GemmaBackbone
+    >>> backbone = GemmaBackbone(
+    ...     vocabulary_size=64, num_layers=2, num_query_heads=4, num_key_value_heads=1,
+    ...     hidden_dim=16, intermediate_dim=64, head_dim=8,
+    ... )
+    >>> ones = np.ones((2, 5), "int32")
+    >>> backbone({"token_ids": ones, "padding_mask": ones}).shape
+    (2, 5, 16)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        num_key_value_heads,
+        hidden_dim,
+        intermediate_dim,
+        head_dim,
+        query_head_dim_normalize=True,
+        use_post_ffw_norm=False,
+        use_post_attention_norm=False,
+        attention_logit_soft_cap=None,
+        final_logit_soft_cap=None,
+        use_sliding_window_attention=False,
+        sliding_window_size=4096,
+        layer_norm_epsilon=1e-6,
+        dropout=0,
+        dtype=None,
+        **kwargs,
+    ):
+        _refuse_later_gemmas(
+            query_head_dim_normalize=query_head_dim_normalize,
+            use_post_ffw_norm=use_post_ffw_norm,
+            use_post_attention_norm=use_post_attention_norm,
+            attention_logit_soft_cap=attention_logit_soft_cap,
+            final_logit_soft_cap=final_logit_soft_cap,
+            use_sliding_window_attention=use_sliding_window_attention,
+        )
+
+        # === Layers ===
+        self.token_embedding = ReversibleEmbedding(
+            input_dim=vocabulary_size,
+            output_dim=hidden_dim,
+            tie_weights=True,
+            embeddings_initializer=keras.initializers.VarianceScaling(
+                scale=1.0, mode="fan_in", distribution="untruncated_normal"
+            ),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.embedding_scale = EmbeddingScale(dtype=dtype, name="embedding_scale")
+        self.rotary_embedding = RotaryEmbedding(head_dim, dtype=dtype, name="rotary_embedding")
+        self.segment_ids = SegmentIds(dtype=dtype, name="segments")
+        self.transformer_layers = [
+            GemmaDecoderBlock(
+                hidden_dim=hidden_dim,
+                intermediate_dim=intermediate_dim,
+                num_query_heads=num_query_heads,
+                num_key_value_heads=num_key_value_heads,
+                head_dim=head_dim,
+                layer_norm_epsilon=layer_norm_epsilon,
+                dropout=dropout,
+                dtype=dtype,
+                name=f"decoder_block_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.layer_norm = RMSNormalization(layer_norm_epsilon, dtype=dtype, name="final_normalization")
+
+        # === Functional model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        segment_ids = keras.Input((None,), dtype="int32", name="segment_ids", optional=True)
+        positions = keras.Input((None,), dtype="int32", name="positions", optional=True)
+        sine, cosine = self.rotary_embedding(token_ids, positions=positions)
+        segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
+        x = self.embedding_scale(self.token_embedding(token_ids))
+        for block in self.transformer_layers:
+            x = block(x, sine, cosine, segments)
+        super().__init__(
+            inputs={
+                "token_ids": token_ids,
+                "padding_mask": padding_mask,
+                "segment_ids": segment_ids,
+                "positions": positions,
+            },
+            outputs=self.layer_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.head_dim = head_dim
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.dropout = dropout
+        self.sliding_window_size = sliding_window_size
+
+    def __call__(self, inputs, *args, **kwargs):
+        return super().__call__(with_optional_inputs(inputs), *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        # Not only through `__call__`: `stateless_call`, and so `fit` on JAX, comes here directly.
+        return super().call(with_optional_inputs(inputs), training=training, mask=mask)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(GEMMA_1_ONLY)
+        for name in (
+            "vocabulary_size",
+            "num_layers",
+            "num_query_heads",
+            "num_key_value_heads",
+            "hidden_dim",
+            "intermediate_dim",
+            "head_dim",
+            "layer_norm_epsilon",
+            "dropout",
+            "sliding_window_size",
+        ):
+            config[name] = getattr(self, name)
+        return config
+
+
+def _refuse_later_gemmas(**received):
+    for name, value in received.items():
+        if value != GEMMA_1_ONLY[name]:
+            raise ValueError(
+                f"Gemma 1 has `{name}={GEMMA_1_ONLY[name]}` only. Received: {name}={value}. "
+                "For Gemma 2 use `keras_hub.models.GemmaBackbone`."
+            )

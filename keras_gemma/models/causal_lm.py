@@ -1,0 +1,123 @@
+import keras
+import keras_hub
+from keras import ops
+
+from keras_gemma import checkpoints
+from keras_gemma import data
+from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
+from keras_gemma.models.optional_inputs import with_optional_inputs
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class GemmaCausalLM(keras_hub.models.CausalLM):
+    """Gemma as a language model: trains with `fit`, writes with `generate`.
+
+    Args:
+        backbone: a `GemmaBackbone`.
+        preprocessor: a `GemmaCausalLMPreprocessor`, or `None` to feed and receive token ids.
+
+    Call arguments:
+        inputs: as of `GemmaBackbone`.
+
+    Returns:
+        Float32 logits `[B, T, V]`.
+    """
+
+    backbone_cls = GemmaBackbone
+    preprocessor_cls = GemmaCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        inputs = backbone.input
+        logits = backbone.token_embedding(backbone(inputs), reverse=True)
+        super().__init__(inputs=inputs, outputs=logits, **kwargs)
+
+    def __call__(self, inputs, *args, **kwargs):
+        return super().__call__(with_optional_inputs(inputs), *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(with_optional_inputs(inputs), training=training, mask=mask)
+
+    # === Training ===
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
+        """Configures training and sampling.
+
+        Args:
+            optimizer: as of `keras.Model.compile`; `"auto"` is Adam at 2e-5.
+            loss: as of `keras.Model.compile`; `"auto"` is the cross-entropy of the next token, divided by the
+                sum of the weights (not by the number of positions).
+            weighted_metrics: as of `keras.Model.compile`; `"auto"` is perplexity and token accuracy.
+            sampler: a keras-hub sampler or its name.
+            **kwargs: passed to `keras.Model.compile`.
+        """
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight", name="loss"
+            )
+        if weighted_metrics == "auto":
+            weighted_metrics = [
+                keras_hub.metrics.Perplexity(from_logits=True, name="perplexity"),
+                keras.metrics.SparseCategoricalAccuracy(name="token_accuracy"),
+            ]
+        super().compile(
+            optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs
+        )
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        """Trains the model on text or token ids.
+
+        Args:
+            x: strings, `{"prompts", "responses"}` or dialogues as lists (see `GemmaCausalLMPreprocessor`); a
+                `tf.data.Dataset`, Grain data set, `keras.utils.PyDataset`, generator or torch `DataLoader` of
+                such batches; without a preprocessor, the model's own inputs.
+            shuffle: bool. Draws a new order of listed examples each epoch.
+            y, batch_size, sample_weight, validation_data, validation_split, **kwargs: as of `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = data.split_off_validation(
+                x, y, sample_weight, validation_split
+            )
+        if validation_data is not None:
+            validation_data = self._batches(*_unpacked(validation_data), batch_size)
+        x = self._batches(x, y, sample_weight, batch_size, shuffle)
+        return keras.Model.fit(self, x, validation_data=validation_data, shuffle=False, **kwargs)
+
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+        """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
+        if not kwargs.get("_use_cached_eval_dataset"):
+            x, y, sample_weight = self._batches(x, y, sample_weight, batch_size), None, None
+        return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x=None, batch_size=None, **kwargs):
+        """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`."""
+        return keras.Model.predict(self, self._batches(x, None, None, batch_size), **kwargs)
+
+    def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
+        # A validation set in pieces has its own batch size already.
+        batch_size = None if data.yields_batches(x) else batch_size
+        return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
+
+
+def _unpacked(validation_data):
+    if isinstance(validation_data, tuple):
+        return keras.utils.unpack_x_y_sample_weight(validation_data)
+    return validation_data, None, None

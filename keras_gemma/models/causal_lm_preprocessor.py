@@ -1,0 +1,277 @@
+import sys
+from dataclasses import dataclass
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_gemma import checkpoints
+from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.chat_format import dialogue_pieces
+from keras_gemma.models.tokenizer import GemmaTokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as token ids, and for each id whether the model learns to predict it."""
+
+    ids: list
+    learned: list
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+    """Turns text into what `GemmaCausalLM` trains on and generates from.
+
+    Every row opens with exactly one `<bos>`, whether or not the text spells it. `<eos>` ends a text that fits
+    into the row; a text that is cut gets none.
+
+    Args:
+        tokenizer: a `GemmaTokenizer`.
+        sequence_length: int, `T`. Length of the rows.
+        add_start_token: bool. `False` leaves `<bos>` out.
+        add_end_token: bool. `False` leaves `<eos>` out.
+
+    Call arguments:
+        x: for pretraining strings; for tuning `{"prompts": [...], "responses": [...]}` or dialogues, each a
+            list of `{"role", "content"}` messages (or `{"messages": [...]}`). A single example gives a single
+            row. Works on Python and NumPy input, and inside Grain and `tf.data` pipelines.
+        y: must be `None`; the labels are the next tokens.
+        sample_weight: optional float `[B]`, a weight for each example.
+        sequence_length: optional int in place of the layer's own.
+
+    Returns:
+        `(x, y, sample_weight)` of NumPy arrays: `x` with `token_ids` and `padding_mask`, each `[B, T]`, `y`
+        the next token ids `[B, T]`, and float32 weights `[B, T]`: 1 where a real token is predicted, and with
+        prompts and dialogues only where it is the response's, its end token included.
+
+    Raises:
+        ValueError: for labels, unknown fields, fields of different lengths, and dialogues that Gemma's format
+            refuses.
+    """
+
+    backbone_cls = GemmaBackbone
+    tokenizer_cls = GemmaTokenizer
+
+    def build(self, input_shape):
+        self.built = True
+
+    def call(self, x, y=None, sample_weight=None, sequence_length=None):
+        if y is not None:
+            raise ValueError("Labels are the next tokens of `x`, so `y` must be None. Received labels.")
+        length = sequence_length or self.sequence_length
+        if _in_tf_graph():
+            return self._call_in_tf_graph(x, sample_weight, length)
+        return self._training_batch(x, sample_weight, length)
+
+    def _training_batch(self, x, sample_weight, length):
+        examples, batched = examples_of(x)
+        rows = [self.row(example) for example in examples]
+        token_ids, padding_mask = self._pad([row.ids for row in rows], length + 1)
+        learned, _ = self._pad([row.learned for row in rows], length + 1, value=0)
+        weights = learned[:, 1:].astype("float32")
+        if sample_weight is not None:
+            weights *= np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
+        features = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask[:, :-1]}
+        batch = (features, token_ids[:, 1:], weights)
+        return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
+
+    def _call_in_tf_graph(self, x, sample_weight, length):
+        # The graph calls back into Python: one implementation, and no TensorFlow Text needed.
+        import tensorflow as tf
+
+        leaves = keras.tree.flatten(x)
+        weights = [] if sample_weight is None else [sample_weight]
+        batched = leaves[0].shape.rank != 0
+
+        def training_batch(*arrays):
+            x_arrays = keras.tree.pack_sequence_as(x, arrays[: len(leaves)])
+            weight_array = arrays[len(leaves)] if weights else None
+            features, y, sample_weight = self._training_batch(x_arrays, weight_array, length)
+            return features["token_ids"], features["padding_mask"], y, sample_weight
+
+        outputs = tf.numpy_function(training_batch, leaves + weights, [tf.int32, tf.bool, tf.int32, tf.float32])
+        for output in outputs:
+            output.set_shape([leaves[0].shape[0], length] if batched else [length])
+        token_ids, padding_mask, y, weights = outputs
+        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
+
+    def row(self, example):
+        """The `Row` of one example: a string, `{"prompts", "responses"}` of strings, or a list of messages."""
+        if isinstance(example, str):
+            ids = self._text_ids(example)
+            return self._ended(Row(ids, [True] * len(ids)))
+        if isinstance(example, dict):
+            prompt = self._text_ids(example["prompts"])
+            response = self.tokenizer.encode(example["responses"])
+            return self._ended(Row(prompt + response, [False] * len(prompt) + [True] * len(response)))
+        ids, learned = self.tokenizer.encode_dialogue(dialogue_pieces(example))
+        return Row(ids, learned) if self.add_start_token else Row(ids[1:], learned[1:])
+
+    def _text_ids(self, text):
+        text = text.removeprefix(self.tokenizer.start_token)
+        start = [self.tokenizer.start_token_id] if self.add_start_token else []
+        return start + self.tokenizer.encode(text)
+
+    def _ended(self, row):
+        if not self.add_end_token:
+            return row
+        return Row(row.ids + [self.tokenizer.end_token_id], row.learned + [True])
+
+    def _pad(self, rows, length, value=None):
+        value = self.tokenizer.pad_token_id if value is None else value
+        padded = np.full((len(rows), length), value, "int32")
+        mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            cut = row[:length]
+            padded[i, : len(cut)] = cut
+            mask[i, : len(cut)] = True
+        return padded, mask
+
+    def prompt_ids(self, prompt):
+        """Ids that generation starts from: of a string, or of a list of messages with the model's turn opened."""
+        if isinstance(prompt, str):
+            return self._text_ids(prompt)
+        if isinstance(prompt, dict):
+            return self._text_ids(prompt["prompts"])
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+
+    def generate_preprocess(self, x, sequence_length=None):
+        """Token ids and padding mask `[B, T]` of prompts, with room left to generate.
+
+        Args:
+            x: a prompt or a list of prompts: strings, or dialogues.
+            sequence_length: optional int, `T`. Length of prompt and generated text together.
+
+        Raises:
+            ValueError: for a prompt that leaves no room.
+        """
+        length = sequence_length or self.sequence_length
+        examples, batched = examples_of(x)
+        rows = [self.prompt_ids(example) for example in examples]
+        for row in rows:
+            check_room(len(row), length)
+        token_ids, padding_mask = self._pad(rows, length)
+        batch = {"token_ids": token_ids, "padding_mask": padding_mask}
+        return batch if batched else {name: array[0] for name, array in batch.items()}
+
+    def generate_postprocess(self, x):
+        """Text of generated `token_ids` where `padding_mask` is set, without `<bos>`, `<eos>` and padding."""
+        token_ids = np.asarray(keras.ops.convert_to_numpy(x["token_ids"]))
+        mask = np.asarray(keras.ops.convert_to_numpy(x["padding_mask"])).astype(bool)
+        if token_ids.ndim == 1:
+            return self.decode(token_ids[mask])
+        return [self.decode(row[row_mask]) for row, row_mask in zip(token_ids, mask)]
+
+    def decode(self, ids):
+        """Text of one row of ids, without `<bos>`, `<eos>`, padding and a closing `<end_of_turn>`."""
+        ids = [int(i) for i in ids]
+        special = set(self.tokenizer.special_token_ids)
+        kept = [i for i in ids if i not in special]
+        if kept and kept[-1] == self.tokenizer.end_of_turn_id:
+            kept.pop()
+        return self.tokenizer.detokenize(kept) if kept else ""
+
+    @classmethod
+    def from_preset(cls, preset, config_file="preprocessor.json", **kwargs):
+        """Loads the preprocessor of a preset. See `GemmaCausalLM.from_preset` for what `preset` may be."""
+        return checkpoints.load_preprocessor(cls, preset, config_file=config_file, **kwargs)
+
+    def save_to_preset(self, preset_dir):
+        """Saves preprocessor and tokenizer into a preset folder that keras-hub reads as well."""
+        checkpoints.save_preprocessor(self, preset_dir)
+
+
+def check_room(prompt_length, max_length):
+    """Raises a `ValueError` unless a prompt of so many tokens leaves room for one more."""
+    if prompt_length >= max_length:
+        raise ValueError(
+            f"A prompt must be shorter than the whole sequence, or nothing can be generated. "
+            f"Received a prompt of {prompt_length} tokens for a length of {max_length}: "
+            "pass a larger `max_length`, or `max_new_tokens`."
+        )
+
+
+def examples_of(x):
+    """Reads user input as a list of examples.
+
+    Args:
+        x: a string, a dialogue (list of messages), a dict of `prompts` and `responses` or of `messages`, or a
+            batch of any of these as a list, a NumPy array or a dict of lists.
+
+    Returns:
+        A list of examples, each a string, a dict of strings or a list of messages; and whether `x` was a batch.
+
+    Raises:
+        ValueError: for fields of different lengths, unknown fields and anything else.
+    """
+    if isinstance(x, dict):
+        return _examples_of_fields(x)
+    if isinstance(x, (str, bytes)):
+        return [_text(x)], False
+    if not isinstance(x, (list, tuple)):
+        x = _as_numpy(x)
+        if x.ndim == 0:
+            return [_text(x.item())], False
+        x = x.tolist()
+    if not x:
+        raise ValueError("A batch needs at least one example. Received an empty one.")
+    if _is_message(x[0]):
+        return [list(x)], False
+    return [_example(element) for element in x], True
+
+
+def _example(element):
+    if isinstance(element, (str, bytes)):
+        return _text(element)
+    if isinstance(element, (list, tuple)) and element and _is_message(element[0]):
+        return list(element)
+    if isinstance(element, dict):
+        examples, batched = _examples_of_fields(element)
+        if not batched:
+            return examples[0]
+    if hasattr(element, "ndim") and element.ndim == 0:
+        return _text(element.item())
+    raise ValueError(
+        "An example is a string, {'prompts': ..., 'responses': ...}, or a list of {'role', 'content'} messages. "
+        f"Received: {element!r}"
+    )
+
+
+def _examples_of_fields(fields):
+    if set(fields) == {"messages"}:
+        return examples_of(fields["messages"])
+    if not {"prompts"} <= set(fields) <= {"prompts", "responses"}:
+        raise ValueError(
+            "The fields of an example are 'prompts' and 'responses', or 'messages'. "
+            f"Received: {', '.join(map(repr, fields))}"
+        )
+    columns = {name: examples_of(value) for name, value in fields.items()}
+    lengths = {name: len(examples) for name, (examples, _) in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"Every prompt needs its response. Received: {lengths}")
+    rows = zip(*(examples for examples, _ in columns.values()))
+    return [dict(zip(columns, row)) for row in rows], columns["prompts"][1]
+
+
+def _is_message(element):
+    return isinstance(element, dict) and "role" in element
+
+
+def _as_numpy(x):
+    if hasattr(x, "numpy"):
+        return np.asarray(x.numpy())
+    return np.asarray(x)
+
+
+def _text(value):
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if not isinstance(value, str):
+        raise ValueError(f"Text is expected. Received: {value!r}")
+    return value
+
+
+def _in_tf_graph():
+    tf = sys.modules.get("tensorflow")
+    return tf is not None and hasattr(tf, "executing_eagerly") and not tf.executing_eagerly()

@@ -1,0 +1,109 @@
+import keras
+import keras_hub
+
+from keras_gemma import checkpoints
+from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.chat_format import END_OF_TURN
+from keras_gemma.models.chat_format import START_OF_TURN
+from keras_gemma.models.chat_format import dialogue_pieces
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma")
+class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
+    """Gemma's SentencePiece tokenizer.
+
+    Text comes back from `detokenize` exactly as it went in: digits, bytes outside the vocabulary and white
+    space included.
+
+    Args:
+        proto: path of a SentencePiece model, or its bytes. It must hold `<pad>`, `<bos>` and `<eos>`; chat needs
+            `<start_of_turn>` and `<end_of_turn>` as well.
+        sequence_length: optional int. Pads and cuts every row to it, which makes the output dense.
+
+    Attributes:
+        start_token_id, end_token_id, pad_token_id: int. Ids of `<bos>`, `<eos>` and `<pad>`.
+        unk_token_id: int.
+        start_of_turn_id, end_of_turn_id: int, or `None` for a vocabulary without dialogue.
+
+    Returns, when called with a string or a list of strings: a list of ids a string (a ragged tensor inside
+    `tf.data`), or with `sequence_length` a dense int32 array `[B, sequence_length]`.
+
+    Raises:
+        ValueError: for a vocabulary that lacks a special token, naming it.
+    """
+
+    backbone_cls = GemmaBackbone
+
+    def __init__(self, proto, **kwargs):
+        self._add_special_token("<bos>", "start_token")
+        self._add_special_token("<eos>", "end_token")
+        self._add_special_token("<pad>", "pad_token")
+        super().__init__(proto=proto, **kwargs)
+
+    @property
+    def unk_token_id(self):
+        return self._unk_token_id
+
+    @property
+    def start_of_turn_id(self):
+        return self._optional_token_id(START_OF_TURN)
+
+    @property
+    def end_of_turn_id(self):
+        return self._optional_token_id(END_OF_TURN)
+
+    def _optional_token_id(self, token):
+        self._check_vocabulary()
+        token_id = self.token_to_id(token)
+        return None if token_id == self.unk_token_id else token_id
+
+    @property
+    def stop_token_ids(self):
+        """The ids that end a generation: `<eos>`, and `<end_of_turn>` where the vocabulary has it."""
+        return [i for i in (self.end_token_id, self.end_of_turn_id) if i is not None]
+
+    def encode(self, text):
+        """Ids of one string as a plain list, without special tokens added."""
+        return [int(i) for i in self._tokenize_spm(text)]
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True):
+        """Formats a dialogue as the instruction-tuned models were trained on it.
+
+        Args:
+            messages: list of `{"role": ..., "content": ...}`, see `keras_gemma.models.chat_format`.
+            add_generation_prompt: bool. Opens the model's turn at the end.
+            tokenize: bool. Returns ids, else text.
+
+        Returns:
+            A list of ids that opens with exactly one `<bos>`, or the same as text.
+
+        Raises:
+            ValueError: for a dialogue that the format refuses, or a vocabulary without turn markers.
+        """
+        pieces = dialogue_pieces(messages, add_generation_prompt)
+        if not tokenize:
+            return self.start_token + "".join(piece.text for piece in pieces)
+        ids, _ = self.encode_dialogue(pieces)
+        return ids
+
+    def encode_dialogue(self, pieces):
+        """Ids of a dialogue with its `<bos>`, and for each id whether the model writes it."""
+        if self.start_of_turn_id is None or self.end_of_turn_id is None:
+            raise ValueError(
+                f"Chat needs {START_OF_TURN!r} and {END_OF_TURN!r} in the vocabulary, and this one lacks them."
+            )
+        ids, learned = [self.start_token_id], [False]
+        for piece in pieces:
+            piece_ids = self.encode(piece.text)
+            ids += piece_ids
+            learned += [piece.learned] * len(piece_ids)
+        return ids, learned
+
+    @classmethod
+    def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):
+        """Loads the tokenizer of a preset. See `GemmaCausalLM.from_preset` for what `preset` may be."""
+        return checkpoints.load_tokenizer(cls, preset, config_file=config_file, **kwargs)
+
+    def save_to_preset(self, preset_dir):
+        """Saves the tokenizer into a preset folder that keras-hub reads as well."""
+        checkpoints.save_tokenizer(self, preset_dir)
