@@ -1,0 +1,55 @@
+"""What several tests share: a small real vocabulary and the shapes of Gemma in miniature."""
+
+import io
+import os
+from pathlib import Path
+
+# Keras reads it once, when it is first imported.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import pytest
+import sentencepiece
+
+LICENSE = Path(__file__).parent.parent / "LICENSE"
+
+_MINIATURE = {"vocabulary_size": 500, "num_layers": 4, "num_query_heads": 4, "head_dim": 8}
+
+# As Gemma 2B: one key-value head. As Gemma 7B: as many as query heads, and heads × head_dim ≠ width.
+SHAPES = {
+    "2b": {**_MINIATURE, "num_key_value_heads": 1, "hidden_dim": 32, "intermediate_dim": 128},
+    "7b": {**_MINIATURE, "num_key_value_heads": 4, "hidden_dim": 24, "intermediate_dim": 96},
+}
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    """Bytes of a SentencePiece vocabulary of 500 pieces, trained on the licence text as Gemma's was trained."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LICENSE.read_text().split("\n\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=_MINIATURE["vocabulary_size"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\n"],
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    """Constructor arguments of a miniature backbone, once in the shape of 2B and once in that of 7B."""
+    return dict(SHAPES[request.param])
