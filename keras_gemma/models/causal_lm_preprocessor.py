@@ -81,18 +81,20 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         import tensorflow as tf
 
         leaves = keras.tree.flatten(x)
-        weights = [] if sample_weight is None else [sample_weight]
-        batched = leaves[0].shape.rank != 0
+        example_weights = [] if sample_weight is None else [sample_weight]
 
+        @tf.autograph.experimental.do_not_convert
         def training_batch(*arrays):
             x_arrays = keras.tree.pack_sequence_as(x, arrays[: len(leaves)])
-            weight_array = arrays[len(leaves)] if weights else None
-            features, y, sample_weight = self._training_batch(x_arrays, weight_array, length)
-            return features["token_ids"], features["padding_mask"], y, sample_weight
+            weight_array = arrays[len(leaves)] if example_weights else None
+            features, y, weights = self._training_batch(x_arrays, weight_array, length)
+            return features["token_ids"], features["padding_mask"], y, weights
 
-        outputs = tf.numpy_function(training_batch, leaves + weights, [tf.int32, tf.bool, tf.int32, tf.float32])
+        outputs = tf.numpy_function(
+            training_batch, leaves + example_weights, [tf.int32, tf.bool, tf.int32, tf.float32]
+        )
         for output in outputs:
-            output.set_shape([leaves[0].shape[0], length] if batched else [length])
+            output.set_shape([*leaves[0].shape[:1], length])
         token_ids, padding_mask, y, weights = outputs
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
@@ -102,6 +104,8 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ids = self._text_ids(example)
             return self._ended(Row(ids, [True] * len(ids)))
         if isinstance(example, dict):
+            if "responses" not in example:
+                raise ValueError("Training on 'prompts' needs their 'responses'. Received 'prompts' only.")
             prompt = self._text_ids(example["prompts"])
             response = self.tokenizer.encode(example["responses"])
             return self._ended(Row(prompt + response, [False] * len(prompt) + [True] * len(response)))
@@ -134,7 +138,8 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return self._text_ids(prompt)
         if isinstance(prompt, dict):
             return self._text_ids(prompt["prompts"])
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        return ids if self.add_start_token else ids[1:]
 
     def generate_preprocess(self, x, sequence_length=None):
         """Token ids and padding mask `[B, T]` of prompts, with room left to generate.

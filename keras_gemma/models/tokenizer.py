@@ -63,8 +63,10 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return [i for i in (self.end_token_id, self.end_of_turn_id) if i is not None]
 
     def encode(self, text):
-        """Ids of one string as a plain list, without special tokens added."""
-        return [int(i) for i in self._tokenize_spm(text)]
+        """Ids of one string as a plain list, without special tokens added, padding or cutting."""
+        self._check_vocabulary()
+        self._maybe_initialized_spm()
+        return self._sentence_piece_spm.Encode(text, out_type=int, add_bos=False, add_eos=False)
 
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True):
         """Formats a dialogue as the instruction-tuned models were trained on it.
