@@ -1,0 +1,80 @@
+"""What has to be settled before Keras is imported: its backend, and the silence of TensorFlow."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+# Keras writes this into its configuration file at its first import, so the file alone is nobody's choice.
+WRITTEN_BY_KERAS = "tensorflow"
+
+# TensorFlow prints these before it can be told not to, on every machine without a GPU.
+TENSORFLOW_NOISE = re.compile(
+    rb"All log messages before absl|cuda|TensorRT|cpu_feature_guard|oneDNN|To enable the following instructions",
+    re.IGNORECASE,
+)
+
+
+def default_to_jax():
+    """Makes JAX the backend of Keras unless the user chose one.
+
+    A choice is the environment variable `KERAS_BACKEND`, or another backend than TensorFlow in Keras' configuration
+    file (which names TensorFlow when nobody touched it). Without effect once Keras has been imported.
+    """
+    if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ:
+        if _configured_backend() == WRITTEN_BY_KERAS:
+            os.environ["KERAS_BACKEND"] = "jax"
+
+
+def _configured_backend():
+    folder = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    try:
+        return json.loads((folder / "keras.json").read_text())["backend"]
+    except (OSError, ValueError, KeyError):
+        return WRITTEN_BY_KERAS
+
+
+def leave_out_tensorflow():
+    """Keeps TensorFlow out of this process, unless it is the backend.
+
+    keras-hub imports TensorFlow wherever it is installed. Without it a program starts in half the time and half the
+    memory, and has no `tf.data`.
+    """
+    if os.environ.get("KERAS_BACKEND") == "tensorflow":
+        return
+    for package in ("tensorflow", "tensorflow_text"):
+        # Python takes None for "cannot be imported".
+        sys.modules.setdefault(package, None)
+
+
+def import_keras_hub_quietly():
+    """Imports keras-hub without the lines that TensorFlow writes to the standard error on the way."""
+    on_tensorflow = os.environ.get("KERAS_BACKEND") == "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if on_tensorflow else "3")
+    if "keras_hub" not in sys.modules:
+        with _without_lines(TENSORFLOW_NOISE):
+            import keras_hub  # noqa: F401
+
+
+@contextlib.contextmanager
+def _without_lines(noise):
+    """Holds back what any library writes to the standard error, and hands on the lines that do not match."""
+    try:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+    except (AttributeError, OSError, ValueError):  # a process without a standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            held.seek(0)
+            os.write(stderr, b"".join(line for line in held if not noise.search(line)))
+            os.close(stderr)
