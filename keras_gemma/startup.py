@@ -24,9 +24,10 @@ def default_to_jax():
     A choice is the environment variable `KERAS_BACKEND`, or another backend than TensorFlow in Keras' configuration
     file (which names TensorFlow when nobody touched it). Without effect once Keras has been imported.
     """
-    if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ:
-        if _configured_backend() == WRITTEN_BY_KERAS:
-            os.environ["KERAS_BACKEND"] = "jax"
+    if "keras" in sys.modules or "KERAS_BACKEND" in os.environ:
+        return
+    if _configured_backend() == WRITTEN_BY_KERAS:
+        os.environ["KERAS_BACKEND"] = "jax"
 
 
 def _configured_backend():

@@ -1,0 +1,319 @@
+"""The `keras-gemma` command. Keras is imported when a command runs, not to print help."""
+
+import argparse
+import os
+import sys
+
+from keras_gemma import __version__
+from keras_gemma import startup
+
+DEFAULT_PRESET = "gemma_tiny_en"
+# The options that each sampler knows, and its class in keras_hub.samplers.
+SAMPLERS = {
+    "greedy": ("GreedySampler", ()),
+    "random": ("RandomSampler", ("temperature",)),
+    "top_k": ("TopKSampler", ("temperature", "k")),
+    "top_p": ("TopPSampler", ("temperature", "p")),
+}
+CHAT_COMMANDS = """\
+  /reset  forgets the dialogue
+  /quit   ends (so do Ctrl-D and Ctrl-C)"""
+
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def main(argv=None):
+    """Runs one command and returns the exit status: 0, 1 for a failure, 2 for wrong usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        return 0
+    except UsageError as error:
+        args.parser.error(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        if args.traceback:
+            raise
+        print(f"keras-gemma: error: {_one_line(error)}", file=sys.stderr)
+        return FAILURE
+
+
+class UsageError(Exception):
+    """A wrong combination of arguments that argparse cannot see."""
+
+
+def _one_line(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
+
+
+# === Arguments ===
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="keras-gemma",
+        description="Gemma language models in Keras: generate text, chat, list presets.",
+        epilog=f"""\
+examples:
+  keras-gemma generate "The old man went"
+  keras-gemma generate --sampler greedy --max-new-tokens 40 "Once upon" "It is"
+  cat letter.txt | keras-gemma generate --strip-prompt -
+  keras-gemma chat --preset gemma_1.1_instruct_2b_en
+  keras-gemma presets
+
+Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with the package and needs no download.
+`keras-gemma COMMAND --help` describes the options of a command.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"keras-gemma {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_presets(commands)
+    return parser
+
+
+def _add_generate(commands):
+    parser = _add_command(
+        commands,
+        generate,
+        help="continue prompts",
+        description="Continues each prompt and prints it with its continuation.",
+        epilog="""\
+examples:
+  keras-gemma generate "The old man went"
+  keras-gemma generate --sampler top_k --k 20 --temperature 0.7 --seed 1 "The old man went"
+  echo "The old man went" | keras-gemma generate -""",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue; - reads it from standard input")
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+    parser.add_argument("--strip-prompt", action="store_true", help="print the continuation alone")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print text as it comes; --no-stream decodes all prompts as one batch (default: stream)",
+    )
+
+
+def _add_chat(commands):
+    parser = _add_command(
+        commands,
+        chat,
+        help="hold a dialogue",
+        description="Holds a dialogue: one message a line on standard input, the reply as it comes.",
+        epilog=f"commands inside the dialogue:\n{CHAT_COMMANDS}\n\n"
+        "Instruction-tuned presets answer; any other preset goes on with the text in its own way.",
+    )
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+
+
+def _add_presets(commands):
+    _add_command(
+        commands,
+        presets,
+        help="list the presets",
+        description="Lists the presets that --preset takes by name, with their size and where their weights are.",
+    )
+
+
+def _add_command(commands, run, help, description, epilog=None):
+    parser = commands.add_parser(
+        run.__name__,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _add_model_options(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--preset",
+        default=DEFAULT_PRESET,
+        help="name (see `keras-gemma presets`), folder, or kaggle:// or hf:// handle (default: %(default)s)",
+    )
+    group.add_argument("--dtype", help="dtype of the weights and activations, such as bfloat16 (default: the preset's)")
+    group.add_argument(
+        "--backend",
+        choices=("jax", "tensorflow", "torch"),
+        help="backend of Keras (default: $KERAS_BACKEND, else jax)",
+    )
+
+
+def _add_sampling_options(parser):
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-new-tokens", type=_positive_int, default=128, metavar="N", help="most tokens to write (default: 128)"
+    )
+    group.add_argument("--sampler", choices=SAMPLERS, default="top_p", help="how to choose (default: %(default)s)")
+    group.add_argument("--temperature", type=_positive_float, metavar="T", help="above 1 is wilder (default: 1.0)")
+    group.add_argument("--k", type=_positive_int, metavar="K", help="top_k: among the K likeliest (default: 40)")
+    group.add_argument("--p", type=_share, metavar="P", help="top_p: among the likeliest that sum to P (default: 0.9)")
+    group.add_argument("--seed", type=int, metavar="S", help="makes the text repeatable (default: a new one each time)")
+
+
+def _positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, received {text}")
+    return value
+
+
+def _positive_float(text):
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, received {text}")
+    return value
+
+
+def _share(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, received {text}")
+    return value
+
+
+def sampler_arguments(args):
+    """The name of the keras-hub sampler class and its arguments.
+
+    Raises:
+        UsageError: for an option that the sampler does not know.
+    """
+    class_name, known = SAMPLERS[args.sampler]
+    given = {name: getattr(args, name) for name in ("temperature", "k", "p") if getattr(args, name) is not None}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"argument --{name}: the sampler {args.sampler} does not take it")
+    defaults = {"temperature": 1.0, "k": 40, "p": 0.9}
+    return class_name, {name: given.get(name, defaults[name]) for name in known}
+
+
+# === Commands ===
+
+
+def generate(args):
+    sampling = sampling_options(args)
+    prompts = [read_prompt(prompt) for prompt in args.prompts]
+    model = load_model(args)
+    sampling["sampler"] = build_sampler(args)
+    if args.stream:
+        texts = (stream_text(model, prompt, args.strip_prompt, sampling) for prompt in prompts)
+    else:
+        texts = model.generate(prompts, strip_prompt=args.strip_prompt, **sampling)
+    for i, text in enumerate(texts):
+        write(("\n" if i else ""), text, "\n")
+
+
+def stream_text(model, prompt, strip_prompt, sampling):
+    """Pieces of a prompt's text as they come."""
+    if not strip_prompt:
+        yield prompt
+    yield from model.stream(prompt, **sampling)
+
+
+def read_prompt(prompt):
+    """The prompt itself, or for `-` what stands on standard input, without its last line end."""
+    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+
+
+def write(*texts):
+    """Writes strings and streams of strings, each piece at once."""
+    for text in texts:
+        for piece in [text] if isinstance(text, str) else text:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+def chat(args):
+    sampling = sampling_options(args)
+    model = load_model(args)
+    sampling["sampler"] = build_sampler(args)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{args.preset} listens.\n{CHAT_COMMANDS}", file=sys.stderr)
+    try:
+        hold_dialogue(model, "you> " if interactive else "", sampling)
+    except (EOFError, KeyboardInterrupt):
+        if interactive:
+            print()
+
+
+def hold_dialogue(model, prompt, sampling):
+    """Answers line after line, until `/quit`."""
+    messages = []
+    while (line := input(prompt).strip()) != "/quit":
+        if line == "/reset":
+            messages = []
+        elif line:
+            messages = take_turn(model, messages, line, sampling)
+
+
+def take_turn(model, messages, line, sampling):
+    """Streams the reply to a line and returns the dialogue with both. A refused line leaves the dialogue as it was."""
+    asked = drop_oldest(model, [*messages, {"role": "user", "content": line}], sampling["max_new_tokens"])
+    reply = []
+    try:
+        for piece in model.stream(asked, **sampling):
+            write(piece)
+            reply.append(piece)
+    except ValueError as error:
+        print(f"keras-gemma: {_one_line(error)}", file=sys.stderr)
+        return messages
+    write("\n")
+    return [*asked, {"role": "model", "content": "".join(reply)}]
+
+
+def drop_oldest(model, messages, new_tokens):
+    """The dialogue without its oldest exchanges, so that the model's sequence length leaves room for a reply."""
+    room = model.preprocessor.sequence_length - new_tokens
+    while len(messages) > 2 and len(model.preprocessor.prompt_ids(messages)) > room:
+        messages = messages[2:]
+    return messages
+
+
+def presets(args):
+    raise NotImplementedError
+
+
+# === Loading ===
+
+
+def sampling_options(args):
+    sampler_arguments(args)
+    return {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
+
+
+def load_model(args):
+    if args.backend is not None:
+        os.environ["KERAS_BACKEND"] = args.backend
+    startup.leave_out_tensorflow()
+    from keras_gemma import GemmaCausalLM
+
+    options = {} if args.dtype is None else {"dtype": args.dtype}
+    return GemmaCausalLM.from_preset(args.preset, **options)
+
+
+def build_sampler(args):
+    import keras_hub
+
+    class_name, options = sampler_arguments(args)
+    return getattr(keras_hub.samplers, class_name)(**options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
