@@ -25,6 +25,7 @@ DEFAULT_CACHE = Path("~/.cache/keras_gemma/tiny_corpus").expanduser()
 HELD_OUT_SHARE = 0.03
 DICTIONARY_DOCUMENT_CHARACTERS = 8000
 SHORTEST_DOCUMENT = 400
+LONGEST_VERSE_LINE = 50
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,12 @@ PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "-
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Unwraps hard-wrapped text. Lines that are all indented deeper than the text around them are verse and stay lines."""
+    """Unwraps hard-wrapped text. Short lines that are all indented deeper than the text around them are verse and stay lines."""
     text = text.replace("\r\n", "\n").translate(PLAIN)
     for block in re.split(r"\n[ \t]*\n", text):
         lines = [line.rstrip() for line in block.split("\n") if line.strip()]
-        verse = len(lines) > 1 and all(line.startswith("    ") for line in lines)
+        indented = len(lines) > 1 and all(line.startswith("    ") for line in lines)
+        verse = indented and sum(len(line.strip()) for line in lines) < LONGEST_VERSE_LINE * len(lines)
         words = ("\n" if verse else " ").join(line.strip() for line in lines)
         words = re.sub(r"_([^_]+)_", r"\1", re.sub(r" {2,}", " ", words))
         if is_prose(words):
@@ -137,7 +139,8 @@ def is_prose(words: str) -> bool:
     if not words or words.startswith("[") and words.endswith("]"):
         return False
     letters = sum(character.isalpha() or character in " \n" for character in words)
-    return letters > 0.75 * len(words)
+    heading = len(words) <= 24
+    return letters > (0.5 if heading else 0.75) * len(words)
 
 
 def chapters(book: str, text: str, heading: str) -> Iterator[tuple[str, str]]:
@@ -260,18 +263,20 @@ def sword_chapters(module: Path) -> Iterator[tuple[str, str]]:
 
 def osis_chapters(book: str) -> Iterator[tuple[str, str]]:
     """Chapters named after their OSIS id, so that two translations share the names; verse numbers and notes are dropped."""
-    title = None
     parts = re.split(r'<chapter [^>]*sID="([^"]+)"/>', book)
-    if found := re.search(r'<milestone n="([^"]+)" type="x-usfm-h"/>', parts[0]):
-        title = found[1]
+    # A preface may share the block of the first book: the last title before the first chapter is the book's.
+    titles = re.findall(r'<milestone n="([^"]+)" type="x-usfm-h"/>', parts[0])
     for name, chapter in zip(parts[1::2], parts[2::2]):
         text = osis_text(chapter)
-        if len(text) >= SHORTEST_DOCUMENT:
-            yield f"Bible/{name}", f"{title or name.split('.')[0]} {name.split('.')[-1]}\n\n{text}"
+        short_title, number = name.split(".")
+        # The module cuts the Greek Esther after another count of verses and shuffles it in doing so.
+        if len(text) >= SHORTEST_DOCUMENT and short_title != "EsthGr":
+            yield f"Bible/{name}", f"{titles[-1] if titles else short_title} {number}\n\n{text}"
 
 
 def osis_text(markup: str) -> str:
-    markup = re.sub(r"<(note|title)\b[^>]*>.*?</\1>", "", markup.replace("\n", " "), flags=re.DOTALL)
+    markup = re.sub(r"</note>(?=(?:<[^>]*>)*\w)", "</note> ", markup)  # a note may hold the only space between two words
+    markup = re.sub(r"<(note|title)\b[^>]*>.*?</\1>", "", markup, flags=re.DOTALL).replace("\n", " ")
     markup = re.sub(r'<div [^>]*sID=[^>]*type="x-p"[^>]*/>|<lg [^>]*sID=[^>]*>|¶', "\n\n", markup)
     markup = re.sub(r"<l [^>]*sID=[^>]*>", "\n", markup)
     text = html.unescape(re.sub(r"<[^>]*>", "", markup)).translate(PLAIN)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from baselines import KneserNey, kneser_ney_bits_per_byte, xz_bits_per_byte  # noqa: E402
-from vocabulary import train_vocabulary  # noqa: E402
+from tiny.baselines import KneserNey, kneser_ney_bits_per_byte, xz_bits_per_byte  # noqa: E402
+from tiny.vocabulary import train_vocabulary  # noqa: E402
 
 BOS, EOS = 2, 1
 
@@ -45,7 +45,7 @@ def test_kneser_ney_bigram_by_hand():
     """a b a c: discounts, continuation counts and back-off written out."""
     a, b, c, size = 3, 4, 5, 6
     model = KneserNey(np.array([BOS, a, b, a, c, EOS]), size, order=2)
-    # Bigrams: bos a, a b, b a, a c, c eos, each once. Absent counts of counts are taken as 1: Y = 5/7, D(1) = 1 - 2/7·... .
+    # Bigrams: bos a, a b, b a, a c, c eos, each once. A count of counts that is 0 is taken as 1.
     y = 5 / (5 + 2 * 1)
     d1 = 1 - 2 * y * 1 / 5
     # Different tokens before each: a 2, b 1, c 1, eos 1, five in all; three unigrams occur once and one twice.
