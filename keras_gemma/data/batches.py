@@ -20,7 +20,7 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
 
     Args:
         x: examples as a list, an array, a dict or tuple of these; or batches as a `keras.utils.PyDataset`, a
-            `tf.data.Dataset`, a Grain data set, or an iterator.
+            `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator.
         y, sample_weight: as `x`, for examples only.
         batch_size: int, for examples only. 32 if `None`.
         preprocess: callable from one batch to `(x, y, sample_weight)`.
@@ -42,6 +42,8 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
         return x.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
     if _is_grain(x):
         return _preprocessed_grain(x, preprocess)
+    if _is_torch_loader(x):
+        return _preprocessed_torch(x, preprocess)
     return (_preprocess_batch(preprocess, batch) for batch in x)
 
 
@@ -51,7 +53,7 @@ def yields_batches(x):
         isinstance(x, (keras.utils.PyDataset, collections.abc.Iterator))
         or _is_tf_dataset(x)
         or _is_grain(x)
-        or type(x).__module__.startswith("torch.utils.data")
+        or _is_torch_loader(x)
     )
 
 
@@ -66,6 +68,11 @@ def _is_grain(x):
     return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset, grain.DataLoader))
 
 
+def _is_torch_loader(x):
+    torch = sys.modules.get("torch")
+    return torch is not None and hasattr(torch, "utils") and isinstance(x, torch.utils.data.DataLoader)
+
+
 def _preprocessed_grain(x, preprocess):
     grain = sys.modules["grain"]
     if isinstance(x, grain.MapDataset) and len(x) < sys.maxsize:
@@ -73,6 +80,29 @@ def _preprocessed_grain(x, preprocess):
     if isinstance(x, grain.DataLoader):
         return (_preprocess_batch(preprocess, batch) for batch in x)
     return x.map(lambda batch: _preprocess_batch(preprocess, batch))
+
+
+def _preprocessed_torch(loader, preprocess):
+    from torch.utils import data as torch_data
+
+    class Preprocessed(torch_data.IterableDataset):
+        def __iter__(self):
+            return (_preprocess_batch(preprocess, _parts_as_tuple(batch)) for batch in loader)
+
+    class PreprocessedOfKnownLength(Preprocessed):
+        def __len__(self):
+            return len(loader)
+
+    # Another loader and not a generator: it starts anew each epoch.
+    known_length = hasattr(loader.dataset, "__len__")
+    return torch_data.DataLoader(PreprocessedOfKnownLength() if known_length else Preprocessed(), batch_size=None)
+
+
+def _parts_as_tuple(batch):
+    # A torch loader collates (x, y, weight) examples into a list of its parts.
+    if isinstance(batch, list) and any(hasattr(part, "shape") for part in batch):
+        return tuple(batch)
+    return batch
 
 
 def _preprocess_batch(preprocess, batch):

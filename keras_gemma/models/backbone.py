@@ -190,6 +190,54 @@ class GemmaBackbone(keras_hub.models.Backbone):
         # Not only through `__call__`: `stateless_call`, and so `fit` on JAX, comes here directly.
         return super().call(with_optional_inputs(inputs), training=training, mask=mask)
 
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+        num_query_heads=8,
+        num_key_value_heads=1,
+    ):
+        """Layouts of the weights for `keras.distribution.ModelParallel`.
+
+        Vocabulary, feed-forward and heads are cut along the model axis and the width along the data axis. Heads
+        that the model axis does not divide stay whole.
+
+        Args:
+            device_mesh: a `keras.distribution.DeviceMesh` with both axes.
+            model_parallel_dim_name: string. Name of the model axis.
+            data_parallel_dim_name: string. Name of the data axis.
+            num_query_heads: int, `N`. With the default every mesh suits Gemma 2B and 7B.
+            num_key_value_heads: int, `K`. Pass 7B's 16 to cut its keys and values too.
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+
+        Raises:
+            ValueError: for anything but a mesh, or a mesh without one of the axes.
+        """
+        if not isinstance(device_mesh, keras.distribution.DeviceMesh):
+            raise ValueError(f"`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: {device_mesh!r}")
+        model, data = model_parallel_dim_name, data_parallel_dim_name
+        for axis in (model, data):
+            if axis not in device_mesh.axis_names:
+                raise ValueError(f"The mesh has the axes {device_mesh.axis_names}. Received: {axis!r}")
+        model_size = device_mesh.shape[device_mesh.axis_names.index(model)]
+        query_heads = None if num_query_heads % model_size else model
+        key_value_heads = None if num_key_value_heads % model_size else model
+        layouts = {
+            ".*token_embedding/embeddings": (model, data),
+            ".*decoder_block.*/attention/query/kernel": (query_heads, data, None),
+            ".*decoder_block.*/attention/(key|value)/kernel": (key_value_heads, data, None),
+            ".*decoder_block.*/attention/attention_output/kernel": (query_heads, None, data),
+            ".*decoder_block.*/(ffw_gating|ffw_gating_2)/kernel": (data, model),
+            ".*decoder_block.*/ffw_linear/kernel": (model, data),
+        }
+        layout_map = keras.distribution.LayoutMap(device_mesh)
+        for path, layout in layouts.items():
+            layout_map[path] = layout
+        return layout_map
+
     def get_config(self):
         config = super().get_config()
         config.update(GEMMA_1_ONLY)

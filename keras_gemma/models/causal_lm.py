@@ -86,7 +86,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             x: strings, `{"prompts", "responses"}` or dialogues as lists (see `GemmaCausalLMPreprocessor`); a
                 `tf.data.Dataset`, Grain data set, `keras.utils.PyDataset`, generator or torch `DataLoader` of
                 such batches; without a preprocessor, the model's own inputs.
-            shuffle: bool. Draws a new order of listed examples each epoch.
+            shuffle: bool. Draws a new order of listed examples, or of a `PyDataset`'s batches, each epoch.
             y, batch_size, sample_weight, validation_data, validation_split, **kwargs: as of `keras.Model.fit`.
 
         Returns:
@@ -98,8 +98,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             )
         if validation_data is not None:
             validation_data = self._batches(*_unpacked(validation_data), batch_size)
+        # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
+        shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
-        return keras.Model.fit(self, x, validation_data=validation_data, shuffle=False, **kwargs)
+        return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
@@ -110,6 +112,48 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`."""
         return keras.Model.predict(self, self._batches(x, None, None, batch_size), **kwargs)
+
+    def score(self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None):
+        """Logits or losses of given tokens, with a look at every layer on the way.
+
+        Args:
+            token_ids: int tensor `[B, T]`.
+            padding_mask: optional tensor `[B, T]`, true where a token stands. All of them if left out.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: optional callable `(activations [B, T, D], index) → activations`, called with the
+                token embeddings before they are scaled (index -1) and with the output of every decoder block
+                (from 0). What it returns goes on to the next layer.
+            target_ids: int tensor `[B, T]`, the tokens that `"loss"` compares with.
+
+        Returns:
+            Float32 logits `[B, T, V]`, or losses `[B, T]`.
+
+        Raises:
+            ValueError: for an unknown mode, or `"loss"` without `target_ids`.
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(f"`scoring_mode` is 'logits' or 'loss'. Received: {scoring_mode!r}")
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("`scoring_mode='loss'` compares with `target_ids`. Received: target_ids=None")
+        intercept = layer_intercept_fn or (lambda x, index: x)
+        backbone = self.backbone
+        token_ids = ops.convert_to_tensor(token_ids, "int32")
+        padding_mask = ops.ones_like(token_ids) if padding_mask is None else ops.convert_to_tensor(padding_mask)
+
+        sine, cosine = backbone.rotary_embedding(token_ids)
+        segments = backbone.segment_ids(padding_mask)
+        x = backbone.embedding_scale(intercept(backbone.token_embedding(token_ids), -1))
+        for index, block in enumerate(backbone.transformer_layers):
+            x = intercept(block(x, sine, cosine, segments), index)
+        logits = backbone.token_embedding(backbone.layer_norm(x), reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+    def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
+        # A validation set in pieces has its own batch size already.
+        batch_size = None if data.yields_batches(x) else batch_size
+        return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
         # A validation set in pieces has its own batch size already.
