@@ -287,7 +287,25 @@ def drop_oldest(model, messages, new_tokens):
 
 
 def presets(args):
-    raise NotImplementedError
+    startup.leave_out_tensorflow()
+    from keras_gemma.models.presets import known_presets
+
+    rows = [("NAME", "PARAMETERS", "WEIGHTS", "DESCRIPTION")]
+    rows += [preset_row(name, entry) for name, entry in known_presets().items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def preset_row(name, entry):
+    weights = "download" if "kaggle_handle" in entry else "bundled"
+    return name, readable_count(entry["metadata"]["params"]), weights, entry["metadata"]["description"]
+
+
+def readable_count(parameters):
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f}B"
+    return f"{parameters / 1e6:.1f}M"
 
 
 # === Loading ===
