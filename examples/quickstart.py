@@ -1,0 +1,71 @@
+"""A small Gemma writes prose, is fine-tuned for a minute, and keeps a ship's log.
+
+    python examples/quickstart.py
+
+Expected: a continuation in prose, then a minute of Keras' progress bar on 2 cores, then the same prompt continued as an
+entry of a log, with wind, sightings, crew and provisions, and a held-out loss several times lower than before.
+"""
+
+import argparse
+import itertools
+import os
+import random
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from keras_gemma import startup
+
+startup.leave_out_tensorflow()
+
+import keras
+
+from keras_gemma import GemmaCausalLM
+
+PROMPT = "In the morning"
+
+ENTRY = "{hour} the wind came from the {wind}.\nSeen: {seen}.\nCrew: {crew}.\nLeft: {left}.\n"
+WORDS = {
+    "hour": ["In the morning", "At noon", "Towards evening", "At midnight"],
+    "wind": ["north", "east", "south", "west", "north-west", "south-east"],
+    "seen": ["two whales", "a sail", "nothing", "land", "an island", "three ships", "a great storm", "many birds"],
+    "crew": ["in good spirits", "all well", "one man ill", "tired", "afraid", "at prayer", "singing"],
+    "left": ["much water", "little water", "bread for ten days", "bread for a month", "no wine", "plenty of fish"],
+}
+
+
+def log_entries(seed=0):
+    """Every combination of the words above, in random order."""
+    combinations = list(itertools.product(*WORDS.values()))
+    random.Random(seed).shuffle(combinations)
+    return [ENTRY.format(**dict(zip(WORDS, words))) for words in combinations]
+
+
+def show(title, model):
+    print(f"\n--- {title}")
+    print(model.generate(PROMPT, max_new_tokens=60, sampler="top_k", seed=2))
+
+
+def main(examples):
+    keras.utils.set_random_seed(0)
+    entries = log_entries()
+    held_out, training = entries[:64], entries[64 : 64 + examples]
+
+    model = GemmaCausalLM.from_preset("gemma_tiny_en")
+    model.preprocessor.sequence_length = 64
+    show("before", model)
+
+    model.backbone.enable_lora(rank=8)
+    model.compile(optimizer=keras.optimizers.Adam(5e-3))
+    before = model.evaluate(held_out, verbose=0, return_dict=True)["loss"]
+    print(f"\n--- fine-tuning on {len(training)} entries of a log")
+    model.fit(training, batch_size=16)
+    after = model.evaluate(held_out, verbose=0, return_dict=True)["loss"]
+
+    show("after", model)
+    print(f"\nheld-out loss: {before:.2f} before, {after:.2f} after")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=2400, help="entries to train on (default: %(default)s)")
+    main(parser.parse_args().examples)

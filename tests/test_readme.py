@@ -1,0 +1,49 @@
+"""What README.md shows, run in its order: Python blocks in one process, shell blocks in a shell."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^(?:<!-- (?P<mark>\w+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(mark=None, language=None):
+    found = [match.groupdict() for match in BLOCK.finditer(README.read_text("utf-8"))]
+    return [
+        block["code"] for block in found if block["mark"] == mark and (not language or block["language"] == language)
+    ]
+
+
+def test_the_tour_in_python(tmp_path):
+    code = "\n".join(blocks(language="python"))
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert "Total params" in done.stdout
+    assert "<start_of_turn>user" in done.stdout
+
+
+@pytest.mark.parametrize("command", blocks(mark="shell"))
+def test_the_tour_in_the_shell(command, tmp_path):
+    # `keras-gemma` of this environment, installed or not.
+    (tmp_path / "keras-gemma").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m keras_gemma.cli "$@"\n')
+    (tmp_path / "keras-gemma").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=README.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("In the morning")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("mark", ["quickstart", "tests"])
+def test_the_commands_that_others_extract_are_there(mark):
+    (command,) = blocks(mark=mark)
+    assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
