@@ -52,7 +52,6 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     backbone_cls = GemmaBackbone
     tokenizer_cls = GemmaTokenizer
-
     def build(self, input_shape):
         self.built = True
 
@@ -216,8 +215,8 @@ def examples_of(x):
         return [_text(x)], False
     if not isinstance(x, (list, tuple)):
         x = _as_numpy(x)
-        if x.ndim == 0:
-            return [_text(x.item())], False
+        if np.ndim(x) == 0:
+            return [_text(x)], False
         x = x.tolist()
     if not x:
         raise ValueError("A batch needs at least one example. Received an empty one.")
@@ -236,7 +235,7 @@ def _example(element):
         if not batched:
             return examples[0]
     if hasattr(element, "ndim") and element.ndim == 0:
-        return _text(element.item())
+        return _text(_as_numpy(element))
     raise ValueError(
         "An example is a string, {'prompts': ..., 'responses': ...}, or a list of {'role', 'content'} messages. "
         f"Received: {element!r}"
@@ -264,12 +263,13 @@ def _is_message(element):
 
 
 def _as_numpy(x):
-    if hasattr(x, "numpy"):
-        return np.asarray(x.numpy())
-    return np.asarray(x)
+    # NumPy would cut a closing NUL off a lone string, so that stays as it is.
+    x = x.numpy() if hasattr(x, "numpy") else x
+    return x if isinstance(x, (str, bytes)) else np.asarray(x)
 
 
 def _text(value):
+    value = value.item() if isinstance(value, np.ndarray) else value
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if not isinstance(value, str):
