@@ -3,8 +3,10 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_gemma import checkpoints
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 from keras_gemma.models.optional_inputs import with_optional_inputs
+from keras_gemma.models.presets import Presets
 from keras_gemma.models.reversible_embedding import ReversibleEmbedding
 from keras_gemma.models.rms_normalization import RMSNormalization
 from keras_gemma.models.rotary_embedding import RotaryEmbedding
@@ -88,6 +90,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
     >>> backbone({"token_ids": ones, "padding_mask": ones}).shape
     (2, 5, 16)
     """
+
+    presets = Presets()
 
     def __init__(
         self,
@@ -255,6 +259,27 @@ class GemmaBackbone(keras_hub.models.Backbone):
         ):
             config[name] = getattr(self, name)
         return config
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads the backbone of a preset.
+
+        Args:
+            preset: as of `GemmaCausalLM.from_preset`.
+            load_weights: bool. `False` initialises at random.
+            **kwargs: constructor arguments that replace the preset's, `dtype` for instance.
+
+        Returns:
+            A `GemmaBackbone`.
+
+        Raises:
+            ValueError, FileNotFoundError: as of `GemmaCausalLM.from_preset`.
+        """
+        return checkpoints.load_backbone(cls, preset, load_weights=load_weights, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Saves the backbone as a preset. See `GemmaCausalLM.save_to_preset`."""
+        checkpoints.save_backbone(self, preset_dir, max_shard_size=max_shard_size)
 
 
 def _refuse_later_gemmas(**received):

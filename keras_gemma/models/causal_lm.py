@@ -7,6 +7,7 @@ from keras_gemma import data
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.optional_inputs import with_optional_inputs
+from keras_gemma.models.presets import Presets
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -26,6 +27,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     backbone_cls = GemmaBackbone
     preprocessor_cls = GemmaCausalLMPreprocessor
+    presets = Presets()
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         # === Layers ===
@@ -155,10 +157,44 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         batch_size = None if data.yields_batches(x) else batch_size
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
 
-    def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
-        # A validation set in pieces has its own batch size already.
-        batch_size = None if data.yields_batches(x) else batch_size
-        return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
+    # === Presets ===
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a model with its preprocessor.
+
+        Args:
+            preset: a name in `GemmaCausalLM.presets`; a handle such as `"kaggle://keras/gemma/keras/gemma_2b_en"` or
+                `"hf://google/gemma-2b"`; or a local folder, saved by `save_to_preset` here or in keras-hub, or in the
+                Hugging Face format (`config.json`, safetensors, `tokenizer.model`).
+            load_weights: bool. `False` initialises at random. A name then needs a download for its vocabulary only,
+                and with `preprocessor=None` none at all.
+            **kwargs: `dtype` of the backbone, by default the current Keras dtype policy; `sequence_length` of the
+                preprocessor; `backbone` and `preprocessor` in place of the preset's; and constructor arguments.
+
+        Returns:
+            A `GemmaCausalLM`.
+
+        Raises:
+            ValueError: for an unknown name, another architecture, and damaged or mismatched files.
+            FileNotFoundError: for a missing file, naming it.
+        """
+        return checkpoints.load_task(cls, preset, load_weights=load_weights, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Saves model and preprocessor as a preset, which `keras_hub.models.GemmaCausalLM` loads as well.
+
+        An interrupted save leaves the old preset, the new one, or a folder that does not load, never a mixture.
+
+        Args:
+            preset_dir: path of the folder, made if missing.
+            max_shard_size: int or float. Gigabytes (2³⁰ bytes) above which the weights are split into several files,
+                each no larger; `None` never splits.
+
+        Raises:
+            ValueError: for what cannot be saved, before anything is touched.
+        """
+        checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
 
 
 def _unpacked(validation_data):

@@ -8,6 +8,7 @@ import numpy as np
 from keras_gemma import checkpoints
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
+from keras_gemma.models.presets import Presets
 from keras_gemma.models.tokenizer import GemmaTokenizer
 
 
@@ -52,6 +53,8 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     backbone_cls = GemmaBackbone
     tokenizer_cls = GemmaTokenizer
+    presets = Presets()
+
     def build(self, input_shape):
         self.built = True
 

@@ -6,6 +6,7 @@ from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import END_OF_TURN
 from keras_gemma.models.chat_format import START_OF_TURN
 from keras_gemma.models.chat_format import dialogue_pieces
+from keras_gemma.models.presets import Presets
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -33,6 +34,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """
 
     backbone_cls = GemmaBackbone
+    presets = Presets()
 
     def __init__(self, proto, **kwargs):
         self._add_special_token("<bos>", "start_token")

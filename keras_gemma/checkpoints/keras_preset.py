@@ -1,0 +1,181 @@
+"""The Keras format: a folder of JSON files, `.weights.h5` files and a SentencePiece vocabulary.
+
+keras-hub writes it, under the names `keras_hub>…` and in its first years `keras_nlp>…`, and so does keras_gemma.
+"""
+
+import os
+
+import keras
+
+from keras_gemma.checkpoints import keras_hub_private as hub
+from keras_gemma.checkpoints.filling import Wanted
+from keras_gemma.checkpoints.filling import fill
+from keras_gemma.checkpoints.locating import optional_file
+from keras_gemma.checkpoints.locating import read_json
+from keras_gemma.checkpoints.locating import required_file
+from keras_gemma.checkpoints.tensor_files import h5_tensors
+from keras_gemma.checkpoints.tensor_files import tensors_of_files
+
+PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
+VOCABULARY_FILE = "vocabulary.spm"
+LOADABLE_QUANTIZATIONS = (None, "int8", "int4", "float8")
+BLOCK_LAYERS = (
+    "pre_attention_norm",
+    "attention/query_dense",
+    "attention/key_dense",
+    "attention/value_dense",
+    "attention/output_dense",
+    "pre_ffw_norm",
+    "gating_ffw",
+    "gating_ffw_2",
+    "ffw_linear",
+)
+
+
+class KerasPreset:
+    """A preset in the Keras format.
+
+    Args:
+        location: a local folder or a hub handle.
+        config: the content of its `config.json`.
+    """
+
+    def __init__(self, location, config):
+        self.location = location
+        self.config = config
+
+    def backbone_config(self, cls):
+        """Constructor arguments of the backbone; its dtype serialised, or `None` for a plain floating one.
+
+        Raises:
+            ValueError: for the preset of another architecture.
+        """
+        if not is_of_class(self.config, cls):
+            raise ValueError(
+                f"`{cls.__name__}` loads Gemma 1 presets only. "
+                f"Received: `{self.location}`, which holds a `{self.config['registered_name']}`"
+            )
+        config = dict(self.config["config"])
+        # As in keras-hub: floating weights follow the current dtype policy, quantised ones keep their own.
+        config["dtype"] = config.get("dtype") if is_quantized(config.get("dtype")) else None
+        return config
+
+    def task_config(self, cls):
+        """What `task.json` says of a task of this class, or `None`."""
+        return self._config_of(hub.TASK_CONFIG_FILE, cls)
+
+    def preprocessor_config(self, cls, config_file):
+        """What the preprocessor's file says of a preprocessor of this class, or `None`."""
+        return self._config_of(config_file, cls)
+
+    def tokenizer_config(self, config_file):
+        """Constructor arguments of the tokenizer."""
+        return read_json(required_file(self.location, config_file))["config"]
+
+    def vocabulary_file(self, config_file):
+        """Local path of the SentencePiece model."""
+        return required_file(self.location, f"assets/{config_file.split('.')[0]}/{VOCABULARY_FILE}")
+
+    def _config_of(self, file_name, cls):
+        path = optional_file(self.location, file_name)
+        content = read_json(path) if path else None
+        return content["config"] if content and is_of_class(content, cls) else None
+
+    def fill_backbone(self, backbone):
+        """Gives a backbone that was built without values those of the preset."""
+        where, files = self._weight_files()
+        stored = tensors_of_files(files, h5_tensors)
+        wanted = [Wanted(v, name, tuple(v.shape), lambda array: array) for name, v in variables_by_name(backbone)]
+        fill(backbone, wanted, stored, where)
+
+    def task_weights_file(self):
+        """Local path of the weights that a task has besides its backbone's, or `None`."""
+        return optional_file(self.location, hub.TASK_WEIGHTS_FILE)
+
+    def _weight_files(self):
+        """The file that lists the weights, and the files that hold them."""
+        single = self.config.get("weights") or hub.MODEL_WEIGHTS_FILE
+        path = optional_file(self.location, single)
+        if path:
+            return path, [path]
+        index = optional_file(self.location, hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE)
+        if index is None:
+            raise FileNotFoundError(
+                f"The preset `{self.location}` lacks the file `{single}`, and of a sharded one "
+                f"`{hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE}`. For a model without its weights pass `load_weights=False`."
+            )
+        return index, [required_file(self.location, shard) for shard in _shards(index)]
+
+
+def _shards(index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"`{index}` must hold a `weight_map` from tensor to file.")
+    names = set()
+    for shards in weight_map.values():
+        names.update([shards] if isinstance(shards, str) else shards)
+    for name in names:
+        if os.path.basename(name) != name:
+            raise ValueError(f"`{index}` names `{name}`, which is not a file of the preset itself.")
+    return sorted(names)
+
+
+def variables_by_name(backbone):
+    """Every variable that weight files keep, as pairs of its name in the file and the variable.
+
+    Raises:
+        ValueError: for a quantisation whose state is more than its variables.
+    """
+    for path, layer in _layers_by_path(backbone):
+        mode = getattr(layer, "quantization_mode", None)
+        if mode not in LOADABLE_QUANTIZATIONS:
+            raise ValueError(
+                f"Presets load in the quantisations {', '.join(map(str, LOADABLE_QUANTIZATIONS))}. "
+                f"Received: {mode} for `{path}`"
+            )
+        kept = {}
+        layer.save_own_variables(kept)
+        for key, variable in kept.items():
+            yield f"{path}/vars/{key}", variable
+
+
+def _layers_by_path(backbone):
+    yield "layers/reversible_embedding", backbone.token_embedding
+    for i, block in enumerate(backbone.transformer_layers):
+        prefix = f"layers/gemma_decoder_block_{i}" if i else "layers/gemma_decoder_block"
+        for path in BLOCK_LAYERS:
+            layer = block
+            for attribute in path.split("/"):
+                layer = getattr(layer, attribute)
+            yield f"{prefix}/{path}", layer
+    yield "layers/rms_normalization", backbone.layer_norm
+
+
+def is_of_class(content, cls):
+    """Whether a serialised object is one that `cls`, under any package's name, was made to load."""
+    package, _, name = (content.get("registered_name") or "").rpartition(">")
+    if keras.saving.get_registered_name(cls) == f"{package}>{name}":
+        return True
+    return package in PACKAGES and name in {base.__name__ for base in cls.__mro__}
+
+
+def is_quantized(dtype):
+    """Whether a serialised dtype policy is of a quantised model."""
+    if isinstance(dtype, dict):
+        return dtype["class_name"] not in ("DTypePolicy", "FloatDTypePolicy")
+    return isinstance(dtype, str) and "_from_" in dtype
+
+
+def with_source_dtype(dtype, source):
+    """A serialised quantised policy whose floating parts compute in the dtype `source`."""
+    if isinstance(dtype, str):
+        return f"{dtype.split('_from_')[0]}_from_{source}"
+    source = keras.dtype_policies.get(source).name
+    return _with_source_name(dtype, source)
+
+
+def _with_source_name(config, source):
+    if not isinstance(config, dict):
+        return config
+    replaced = {key: _with_source_name(value, source) for key, value in config.items()}
+    return {**replaced, **{key: source for key in ("source_name", "default_policy") if key in config}}

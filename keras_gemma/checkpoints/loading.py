@@ -1,0 +1,204 @@
+"""Presets → backbones, tokenizers, preprocessors and tasks."""
+
+import contextlib
+
+from keras_gemma.checkpoints import keras_hub_private as hub
+from keras_gemma.checkpoints.filling import resolve_policies
+from keras_gemma.checkpoints.filling import without_values
+from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
+from keras_gemma.checkpoints.keras_preset import KerasPreset
+from keras_gemma.checkpoints.keras_preset import is_of_class
+from keras_gemma.checkpoints.keras_preset import with_source_dtype
+from keras_gemma.checkpoints.locating import locate
+from keras_gemma.checkpoints.locating import read_json
+from keras_gemma.checkpoints.locating import required_file
+
+
+def load_backbone(cls, preset, load_weights=True, **kwargs):
+    """Loads a backbone.
+
+    Its variables come into being without a value and get it from the files one by one, the largest first, each cast to
+    the dtype asked for and placed by the current `keras.distribution`. Besides the weights, memory holds a few copies
+    of one tensor at most.
+
+    Args:
+        cls: a backbone class with `presets`.
+        preset: a name in `cls.presets`, a handle `"kaggle://…"` or `"hf://…"`, or a local folder in the Keras or the
+            Hugging Face format.
+        load_weights: bool. `False` initialises at random, and downloads nothing for a name in `cls.presets`.
+        **kwargs: constructor arguments that replace the preset's, `dtype` for instance.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: for an unknown name, another architecture, and damaged or mismatched files.
+        FileNotFoundError: for a missing file, naming it.
+    """
+    return _backbone(cls, _open(cls, preset, config_only=not load_weights), load_weights, kwargs)
+
+
+def load_tokenizer(cls, preset, config_file=hub.TOKENIZER_CONFIG_FILE, **kwargs):
+    """Loads a tokenizer.
+
+    Args:
+        cls: a tokenizer class with `presets`.
+        preset: as of `load_backbone`.
+        config_file: name of the tokenizer's file in the preset.
+        **kwargs: constructor arguments that replace the preset's.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `load_backbone`.
+    """
+    source = _open(cls, preset)
+    return _tokenizer(cls, source, source.tokenizer_config(config_file), config_file, kwargs)
+
+
+def load_preprocessor(cls, preset, config_file=hub.PREPROCESSOR_CONFIG_FILE, **kwargs):
+    """Loads a preprocessor with its tokenizer.
+
+    Args:
+        cls: a preprocessor class with `presets` and `tokenizer_cls`.
+        preset: as of `load_backbone`.
+        config_file: name of the preprocessor's file in the preset.
+        **kwargs: constructor arguments that replace the preset's, `sequence_length` for instance.
+
+    Returns:
+        An instance of `cls`, with the preset's settings where it has any.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `load_backbone`.
+    """
+    source = _open(cls, preset)
+    return _preprocessor(cls, source, source.preprocessor_config(cls, config_file), kwargs)
+
+
+def load_task(cls, preset, load_weights=True, **kwargs):
+    """Loads a task with its backbone and preprocessor.
+
+    Args:
+        cls: a task class with `presets`, `backbone_cls` and `preprocessor_cls`.
+        preset: as of `load_backbone`.
+        load_weights: bool. `False` initialises at random. The official presets then need a download for the vocabulary
+            only, and with `preprocessor=None` none at all.
+        **kwargs: `dtype` for the backbone, `sequence_length` for the preprocessor, and constructor arguments that
+            replace the preset's; `backbone` and `preprocessor` are not loaded when given.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `load_backbone`.
+    """
+    dtype, sequence_length = kwargs.pop("dtype", None), kwargs.pop("sequence_length", None)
+    source = _open(cls, preset, config_only=not load_weights)
+    task_config = source.task_config(cls)
+    config = dict(task_config or {})
+    saved_preprocessor = config.pop("preprocessor", False)
+    config.pop("backbone", None)
+    # The small files first: a preset that lacks one fails before gigabytes are read.
+    if "preprocessor" not in kwargs:
+        kwargs["preprocessor"] = _task_preprocessor(cls, preset, source, saved_preprocessor, sequence_length)
+    elif sequence_length is not None:
+        raise ValueError("`sequence_length` belongs to the preset's preprocessor. Received: a `preprocessor` as well")
+    if "backbone" not in kwargs:
+        kwargs["backbone"] = _backbone(cls.backbone_cls, source, load_weights, {"dtype": dtype})
+    task = cls(**{**config, **kwargs})
+    if load_weights and task_config is not None:
+        _fill_task(task, source)
+    return task
+
+
+def _open(cls, preset, config_only=False):
+    location = locate(cls, preset, config_only)
+    config = read_json(required_file(location, hub.CONFIG_FILE))
+    if config.get("registered_name"):
+        return KerasPreset(location, config)
+    if "model_type" in config:
+        return HuggingFacePreset(location, config)
+    raise ValueError(
+        "`config.json` of a preset holds a `registered_name` (Keras format) or a `model_type` (Hugging Face format). "
+        f"Received: `{location}` with {sorted(config)}"
+    )
+
+
+def _backbone(cls, source, load_weights, kwargs):
+    config = source.backbone_config(cls)
+    dtype = kwargs.pop("dtype", None)
+    if dtype is not None:
+        dtype = with_source_dtype(config["dtype"], dtype) if config["dtype"] else dtype
+        config["dtype"] = dtype
+    config = {**config, **kwargs}
+    with without_values() if load_weights else contextlib.nullcontext():
+        backbone = cls.from_config(config)
+    resolve_policies(backbone)
+    if load_weights:
+        source.fill_backbone(backbone)
+    return backbone
+
+
+def _tokenizer(cls, source, config, config_file, kwargs):
+    config = {**config, **kwargs}
+    if config.get("proto") is not None:
+        return cls.from_config(config)
+    path = source.vocabulary_file(config_file)
+    with open(path, "rb") as file:
+        config["proto"] = file.read()
+    try:
+        return cls.from_config(config)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"`{path}` does not serve as a vocabulary: {error}") from error
+
+
+def _preprocessor(cls, source, config, kwargs):
+    config = dict(config or {})
+    tokenizer_config = config.pop("tokenizer", None)
+    if "tokenizer" not in kwargs:
+        kwargs["tokenizer"] = _nested_tokenizer(cls.tokenizer_cls, source, tokenizer_config)
+    return cls.from_config({**config, **kwargs})
+
+
+def _nested_tokenizer(cls, source, content):
+    if content and is_of_class(content, cls):
+        config = content["config"]
+        return _tokenizer(cls, source, config, config.get("config_file", hub.TOKENIZER_CONFIG_FILE), {})
+    config_file = hub.TOKENIZER_CONFIG_FILE
+    return _tokenizer(cls, source, source.tokenizer_config(config_file), config_file, {})
+
+
+def _task_preprocessor(cls, preset, source, saved, sequence_length):
+    """The preprocessor that `task.json` holds (`None` too, where it says so), else the preset's own."""
+    if saved is None or cls.preprocessor_cls is None:
+        return None
+    kwargs = {} if sequence_length is None else {"sequence_length": sequence_length}
+    try:
+        if saved and is_of_class(saved, cls.preprocessor_cls):
+            return _preprocessor(cls.preprocessor_cls, source, saved["config"], kwargs)
+        return load_preprocessor(cls.preprocessor_cls, preset, **kwargs)
+    except Exception as error:
+        # Hubs raise errors of their own kinds when they cannot be reached.
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"The preprocessor of `{preset}` cannot be loaded. {error} "
+            f"For a `{cls.__name__}` without text, from token ids to logits, pass `preprocessor=None`."
+        ) from error
+
+
+def _fill_task(task, source):
+    """Loads what the task has besides its backbone, a head that is small."""
+    path = source.task_weights_file()
+    if bool(path) != task.has_task_weights():
+        raise ValueError(
+            f"A task with weights of its own keeps them in `{hub.TASK_WEIGHTS_FILE}`, and no other has the file. "
+            f"Received: `{type(task).__name__}` from `{source.location}`, where the file is "
+            f"{'present' if path else 'missing'}"
+        )
+    if path is None:
+        return
+    try:
+        task.load_task_weights(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"`{path}` is damaged, or of another model: {error}") from error

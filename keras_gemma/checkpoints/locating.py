@@ -1,0 +1,82 @@
+"""What a user calls a preset → where its files are."""
+
+import json
+import os
+
+from keras_gemma.checkpoints.keras_hub_private import get_file
+
+HUB_SCHEMES = ("kaggle", "hf", "modelscope", "gs")
+
+
+def locate(cls, preset, config_only=False):
+    """The folder or hub handle of a preset.
+
+    Args:
+        cls: the class to load; its `presets` are the known names.
+        preset: a name in `cls.presets`, a hub handle or a local folder.
+        config_only: bool. Prefers the configuration in this package to a download.
+
+    Returns:
+        A string that `get_file` takes.
+
+    Raises:
+        ValueError: for anything else, with the known names.
+    """
+    preset = os.fspath(preset)
+    known = cls.presets
+    if preset in known:
+        return _of_known(known[preset], config_only)
+    if _scheme(preset) in HUB_SCHEMES or os.path.isdir(preset):
+        return preset
+    raise ValueError(
+        "A preset is a known name, a handle such as 'kaggle://keras/gemma/keras/gemma_2b_en' or "
+        "'hf://google/gemma-2b', or an existing local folder. "
+        f"Received: {preset!r}. Known names: {', '.join(sorted(known))}"
+    )
+
+
+def _of_known(entry, config_only):
+    handle, folder = entry.get("kaggle_handle"), entry.get("folder")
+    if handle is None or (config_only and folder):
+        return folder
+    return handle
+
+
+def _scheme(preset):
+    return preset.split("://")[0].lower() if "://" in preset else None
+
+
+def optional_file(location, name):
+    """Local path of a preset's file, downloaded if need be, or `None` where the preset has none."""
+    try:
+        return get_file(location, name)
+    except FileNotFoundError:
+        return None
+
+
+def required_file(location, name):
+    """Local path of a preset's file, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: where the preset has none.
+    """
+    try:
+        return get_file(location, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The preset `{location}` lacks the file `{name}`. {error}") from error
+
+
+def read_json(path):
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: for a file that is not JSON, or holds no object, naming it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"`{path}` is not a complete JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a JSON object. Received: {type(content).__name__}")
+    return content

@@ -1,0 +1,143 @@
+"""Tensors inside weight files: which are there, and one at a time into memory."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import h5py
+import ml_dtypes
+import numpy as np
+
+SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file.
+
+    Attributes:
+        file: path of the file.
+        name: name inside the file.
+        shape: tuple of ints.
+        dtype: a NumPy dtype; bfloat16 is that of `ml_dtypes`.
+        read: callable without arguments that reads the array.
+    """
+
+    file: str
+    name: str
+    shape: tuple
+    dtype: np.dtype
+    read: Callable
+
+
+def tensors_of_files(paths, tensors_of_file):
+    """All tensors of several files by name.
+
+    Args:
+        paths: list of paths.
+        tensors_of_file: `h5_tensors` or `safetensors_tensors`.
+
+    Returns:
+        A dict from name to `StoredTensor`.
+
+    Raises:
+        ValueError: for a damaged file, and for a tensor that two files hold.
+    """
+    tensors = {}
+    for path in paths:
+        for tensor in tensors_of_file(path):
+            if tensor.name in tensors:
+                raise ValueError(f"Both `{tensors[tensor.name].file}` and `{path}` hold `{tensor.name}`.")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+# === Keras: HDF5 ===
+
+
+def h5_tensors(path):
+    """The tensors of a Keras `.weights.h5` file.
+
+    Raises:
+        ValueError: for a file that is truncated or no HDF5, naming it.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            names = []
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            return [_h5_tensor(path, file[name]) for name in names]
+    except OSError as error:
+        raise ValueError(f"`{path}` is truncated or no HDF5 file: {error}") from error
+
+
+def _h5_tensor(path, dataset):
+    name = dataset.name.lstrip("/")
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"`{path}` keeps `{name}` in another file, which is not allowed in a preset.")
+    # HDF5 has no bfloat16: Keras stores opaque pairs of bytes and says so in an attribute.
+    dtype = np.dtype(ml_dtypes.bfloat16) if dataset.attrs.get("dtype") == "bfloat16" else dataset.dtype
+    return StoredTensor(path, name, dataset.shape, dtype, lambda: _read_h5(path, name, dtype))
+
+
+def _read_h5(path, name, dtype):
+    try:
+        with h5py.File(path, "r") as file:
+            return file[name][()].view(dtype)
+    except OSError as error:
+        raise ValueError(f"`{path}` is damaged where it keeps `{name}`: {error}") from error
+
+
+# === Hugging Face: safetensors ===
+
+
+def safetensors_tensors(path):
+    """The tensors of a `.safetensors` file: eight bytes of length, a JSON header, the data.
+
+    Raises:
+        ValueError: for a truncated or malformed file, naming it, and for a dtype other than the floating ones.
+    """
+    header, data_start = _safetensors_header(path)
+    data_length = os.path.getsize(path) - data_start
+    tensors = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors.append(_safetensors_tensor(path, name, entry, data_start, data_length))
+    return tensors
+
+
+def _safetensors_header(path):
+    with open(path, "rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > os.path.getsize(path):
+                raise ValueError(f"a header of {length} bytes is announced")
+            return json.loads(file.read(length)), 8 + length
+        except (struct.error, ValueError) as error:
+            raise ValueError(f"`{path}` is truncated or no safetensors file: {error}") from error
+
+
+def _safetensors_tensor(path, name, entry, data_start, data_length):
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(
+            f"Weights must have a floating dtype, one of {', '.join(SAFETENSORS_DTYPES)}. "
+            f"Received: {entry['dtype']} for `{name}` in `{path}`"
+        )
+    dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end > data_length:
+        raise ValueError(f"`{path}` is truncated: `{name}` ends at byte {end} of {data_length}.")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"`{path}` keeps {end - begin} bytes for `{name}` of shape {shape} and dtype {dtype}.")
+    return StoredTensor(path, name, shape, dtype, lambda: _read_safetensors(path, data_start + begin, shape, dtype))
+
+
+def _read_safetensors(path, offset, shape, dtype):
+    return np.fromfile(path, dtype, count=math.prod(shape), offset=offset).reshape(shape)
