@@ -1,0 +1,96 @@
+"""Logits and gradients agree with keras-hub's and transformers' Gemma on the same random weights."""
+
+import numpy as np
+import pytest
+from tests.numerics.references import as_transformers
+from tests.numerics.references import batch
+from tests.numerics.references import gradients
+from tests.numerics.references import keras_hub_twin
+from tests.numerics.references import logits
+from tests.numerics.references import ours
+from tests.numerics.references import transformers_logits
+from tests.numerics.references import transformers_twin
+
+TOLERANCE = 1e-4
+
+
+def assert_equal_where_real(received, expected, inputs):
+    real = inputs["padding_mask"].astype(bool)
+    assert np.abs(expected[real]).max() > 1.0, "logits near zero would agree whatever the network does"
+    np.testing.assert_allclose(received[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.multi_backend
+def test_logits_equal_keras_hubs_with_right_padding(shape):
+    model, inputs = ours(shape), batch(shape["vocabulary_size"])
+    expected = logits(keras_hub_twin(model, shape), inputs)
+    assert_equal_where_real(logits(model, inputs), expected, inputs)
+
+
+@pytest.mark.multi_backend
+def test_logits_equal_transformers_with_right_padding(shape):
+    model, inputs = ours(shape), batch(shape["vocabulary_size"])
+    expected = transformers_logits(transformers_twin(model, shape), inputs)
+    assert_equal_where_real(logits(model, inputs), expected, inputs)
+
+
+@pytest.mark.multi_backend
+def test_logits_equal_transformers_at_positions_up_to_8191(shape):
+    # Far apart, since scores depend on differences of positions only.
+    positions = np.array([[0, 1, 7, 300, 4000, 4001, 8190, 8191], [0, 2, 255, 257, 1024, 6000, 6001, 8191]])
+    model, inputs = ours(shape), batch(shape["vocabulary_size"], lengths=(8, 8))
+    expected = transformers_logits(transformers_twin(model, shape), inputs, positions)
+    received = logits(model, {**inputs, "positions": positions.astype("int32")})
+    assert_equal_where_real(received, expected, inputs)
+
+
+def test_a_row_of_8192_tokens_ends_as_transformers_ends_it():
+    shape = {
+        "vocabulary_size": 50, "num_layers": 1, "num_query_heads": 1, "num_key_value_heads": 1,
+        "hidden_dim": 8, "intermediate_dim": 16, "head_dim": 8,
+    }  # fmt: skip
+    model, inputs = ours(shape), batch(50, lengths=(8192,))
+    expected = transformers_logits(transformers_twin(model, shape), inputs)
+    assert_equal_where_real(logits(model, inputs), expected, inputs)
+
+
+def test_gradients_equal_transformers(shape):
+    import torch
+
+    model, inputs = ours(shape), batch(shape["vocabulary_size"])
+    targets = np.roll(inputs["token_ids"], -1, axis=1)
+    weights = np.random.default_rng(1).uniform(0, 1, targets.shape).astype("float32") * inputs["padding_mask"]
+    twin = transformers_twin(model, shape)
+    outputs = twin(
+        input_ids=torch.from_numpy(inputs["token_ids"]).long(),
+        attention_mask=torch.from_numpy(inputs["padding_mask"]).long(),
+    ).logits
+    losses = torch.nn.functional.cross_entropy(
+        outputs.flatten(0, 1), torch.from_numpy(targets).long().flatten(), reduction="none"
+    )
+    token_weights = torch.from_numpy(weights).flatten()
+    ((losses * token_weights).sum() / token_weights.sum()).backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in twin.named_parameters()}
+
+    received = as_transformers(model, gradients(model, inputs, targets, weights))
+    for name, gradient in expected.items():
+        scale = np.abs(gradient).max()
+        assert scale > 1e-4, name
+        np.testing.assert_allclose(received[name] / scale, gradient / scale, rtol=0, atol=5e-4, err_msg=name)
+
+
+def test_gelu_is_the_tanh_approximation():
+    import torch
+
+    shape = {
+        "vocabulary_size": 50, "num_layers": 4, "num_query_heads": 2, "num_key_value_heads": 1,
+        "hidden_dim": 16, "intermediate_dim": 64, "head_dim": 8,
+    }  # fmt: skip
+    model, inputs = ours(shape), batch(50)
+    twin = transformers_twin(model, shape)
+    tanh = transformers_logits(twin, inputs)
+    for layer in twin.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    exact = transformers_logits(twin, inputs)
+    assert np.abs(exact - tanh).max() > 5 * TOLERANCE, "the test could not tell them apart"
+    assert_equal_where_real(logits(model, inputs), tanh, inputs)
