@@ -73,9 +73,6 @@ class HuggingFacePreset:
         """Local path of the SentencePiece model."""
         return required_file(self.location, VOCABULARY_FILE)
 
-    def task_weights_file(self):
-        return None
-
     def fill_backbone(self, backbone):
         """Gives a backbone that was built without values those of the preset."""
         where, files = self._weight_files()

@@ -89,8 +89,8 @@ class KerasPreset:
         fill(backbone, wanted, stored, where)
 
     def task_weights_file(self):
-        """Local path of the weights that a task has besides its backbone's, or `None`."""
-        return optional_file(self.location, hub.TASK_WEIGHTS_FILE)
+        """Local path of the weights that a task has besides its backbone's."""
+        return required_file(self.location, hub.TASK_WEIGHTS_FILE)
 
     def _weight_files(self):
         """The file that lists the weights, and the files that hold them."""

@@ -189,15 +189,9 @@ def _task_preprocessor(cls, preset, source, saved, sequence_length):
 
 def _fill_task(task, source):
     """Loads what the task has besides its backbone, a head that is small."""
-    path = source.task_weights_file()
-    if bool(path) != task.has_task_weights():
-        raise ValueError(
-            f"A task with weights of its own keeps them in `{hub.TASK_WEIGHTS_FILE}`, and no other has the file. "
-            f"Received: `{type(task).__name__}` from `{source.location}`, where the file is "
-            f"{'present' if path else 'missing'}"
-        )
-    if path is None:
+    if not task.has_task_weights():
         return
+    path = source.task_weights_file()
     try:
         task.load_task_weights(path)
     except (ValueError, OSError, KeyError) as error:
