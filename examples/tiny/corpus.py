@@ -237,19 +237,8 @@ def read_sherlock_and_sawyer(root: Path) -> Iterator[tuple[str, str]]:
     yield from chapters("Tom Sawyer", (folder / "Mark.Twain-Tom.Sawyer.txt").read_text("utf-8"), CHAPTER)
 
 
-def read_opticks(root: Path) -> Iterator[tuple[str, str]]:
-    folder = root / "usr/share/gocode/src/github.com/andybalholm/brotli/testdata"
-    text = (folder / "Isaac.Newton-Opticks.txt").read_text("utf-8")
-    text = re.split(r"End of (?:the )?Project Gutenberg|Transcriber's Note", text.split("THE FIRST BOOK OF OPTICKS", 1)[1])[0]
-    yield from grouped("Opticks", paragraphs(text), size=12000)
-
-
 def read_king_james(root: Path) -> Iterator[tuple[str, str]]:
     return sword_chapters(root / "usr/share/sword/modules/texts/ztext/engKJV2006eb")
-
-
-def read_world_english(root: Path) -> Iterator[tuple[str, str]]:
-    return sword_chapters(root / "usr/share/sword/modules/texts/ztext/engWEB2015eb")
 
 
 def sword_chapters(module: Path) -> Iterator[tuple[str, str]]:
@@ -301,25 +290,6 @@ def read_devil(root: Path) -> Iterator[tuple[str, str]]:
     return grouped("Devil's Dictionary", paragraphs(text))
 
 
-def read_wordnet(root: Path) -> Iterator[tuple[str, str]]:
-    """Synsets that come with an example of use: the others are mostly names of species and chemicals."""
-    for part in ("noun", "verb", "adj", "adv"):
-        lines = (root / f"usr/share/wordnet/data.{part}").read_text("utf-8").splitlines()
-        yield from grouped(f"WordNet {part}", filter(None, map(wordnet_entry, lines)))
-
-
-def wordnet_entry(line: str) -> str | None:
-    """`00006269 03 n 01 life 0 ... | gloss; "example"` → `life (noun): gloss; "example"`; None without an example."""
-    fields, _, gloss = line.partition(" | ")
-    if line.startswith("  ") or '"' not in gloss:
-        return None
-    kind = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}[fields.split()[2]]
-    count = int(fields.split()[3], 16)
-    words = [word.replace("_", " ") for word in fields.split()[4 : 4 + 2 * count : 2]]
-    words = [re.sub(r"\((?:a|p|ip)\)$", "", word) for word in words]
-    return f"{', '.join(words)} ({kind}): {gloss.strip().translate(PLAIN)}."
-
-
 GUTENBERG = "public domain (copyright expired; text of Project Gutenberg)"
 
 SOURCES = (
@@ -328,11 +298,7 @@ SOURCES = (
     Source("Wells, Verne, Dickens: three novels", "r-cran-tidytext", f"{GUTENBERG}; package: MIT", "wells", read_wells_verne_dickens),
     Source("Sherlock Holmes, Tom Sawyer", "golang-github-pierrec-lz4-dev", f"{GUTENBERG}; package: BSD-3-clause", "holmes",
            read_sherlock_and_sawyer),
-    Source("Newton, Opticks", "golang-github-andybalholm-brotli-dev", f"{GUTENBERG}; package: Expat", "opticks", read_opticks),
     Source("King James Bible", "sword-text-kjv", "public domain (outside the United Kingdom)", "bible", read_king_james),
-    Source("World English Bible", "sword-text-web", "public domain", "bible", read_world_english),
     Source("Jargon File 4.4.7", "jargon-text", "public domain", "jargon", read_jargon),
     Source("The Devil's Dictionary", "dict-devil", "public domain (copyright expired)", "devil", read_devil),
-    Source("WordNet 3.0 definitions with examples", "wordnet-base", "WordNet 3.0 licence (permissive, notice kept)", "wordnet",
-           read_wordnet),
 )

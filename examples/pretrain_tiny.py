@@ -1,0 +1,195 @@
+"""Trains `presets/gemma_tiny_en` from nothing: Debian packages → text → vocabulary → `fit` → preset.
+
+    apt-get update                               # as root, once
+    pip install -e '.[examples]'
+    python examples/pretrain_tiny.py             # about two hours on two cores
+
+It writes weights, vocabulary, training curve and README into `presets/gemma_tiny_en`. Killed, it goes on from
+its last fifty steps when it is started again. See the README it writes for the result.
+"""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+from tiny import baselines
+from tiny import report
+from tiny.corpus import load_corpus
+from tiny.vocabulary import train_vocabulary
+
+from keras_gemma import GemmaBackbone
+from keras_gemma import GemmaCausalLM
+from keras_gemma import GemmaCausalLMPreprocessor
+from keras_gemma import GemmaTokenizer
+
+VOCABULARY_SIZE = 4096
+CONTEXT = 256
+ARCHITECTURE = dict(
+    vocabulary_size=VOCABULARY_SIZE,
+    num_layers=4,
+    num_query_heads=4,
+    num_key_value_heads=1,
+    hidden_dim=256,
+    intermediate_dim=1280,
+    head_dim=64,
+)
+ROWS_PER_STEP = 16
+STEPS = 1800
+STEPS_BETWEEN_REPORTS = 50
+WARMUP_STEPS = 60
+PEAK_LEARNING_RATE = 8e-3
+ADAM_RATIO = 0.4
+SEED = 2403_08295 % 2**31
+
+# Every held-out token is predicted from at least CONTEXT - STRIDE tokens before it, where its document has them.
+STRIDE = 64
+
+
+class StreamBatches(keras.utils.PyDataset):
+    """Rows of `CONTEXT` next-token predictions cut from one long stream of documents.
+
+    Every pass over the stream starts at another offset, so that its rows are cut elsewhere. The batch of a step
+    depends on nothing but the step: a run that was killed goes on with the batches it had not seen.
+    """
+
+    def __init__(self, stream, first_step=0):
+        super().__init__()
+        self.stream = stream
+        self.rows_per_pass = (len(stream) - 1) // CONTEXT - 1
+        self.first_step = first_step
+
+    def __len__(self):
+        return STEPS_BETWEEN_REPORTS
+
+    def on_epoch_end(self):
+        self.first_step += STEPS_BETWEEN_REPORTS
+
+    def __getitem__(self, index):
+        first_row = (self.first_step + index) * ROWS_PER_STEP
+        return batch_of([self._row(number) for number in range(first_row, first_row + ROWS_PER_STEP)])
+
+    def _row(self, number):
+        number_of_pass, row = divmod(number, self.rows_per_pass)
+        random = np.random.default_rng([SEED, number_of_pass])
+        offset, order = random.integers(CONTEXT), random.permutation(self.rows_per_pass)
+        start = offset + order[row] * CONTEXT
+        return self.stream[start : start + CONTEXT + 1]
+
+
+def batch_of(rows):
+    rows = np.stack(rows).astype("int32")
+    ones = np.ones((len(rows), CONTEXT), "int32")
+    return {"token_ids": rows[:, :-1], "padding_mask": ones}, rows[:, 1:], ones
+
+
+def encode(tokenizer, documents):
+    """`<bos>`, tokens and `<eos>` of every document, as one array a document."""
+    start, end = tokenizer.start_token_id, tokenizer.end_token_id
+    return [np.array([start, *tokenizer.encode(document.text), end], "int32") for document in documents]
+
+
+def sliding_windows(documents):
+    """Windows of at most `CONTEXT` predictions `STRIDE` apart, each counting only what the one before it did not."""
+    for ids in documents:
+        for counted_to in range(0, len(ids) - 1, STRIDE):
+            end = min(counted_to + STRIDE, len(ids) - 1)
+            start = max(0, end - CONTEXT)
+            padding = [(0, CONTEXT - (end - start))]
+            inputs, targets = ids[start:end], ids[start + 1 : end + 1]
+            weights = np.arange(start, end) >= counted_to
+            yield tuple(np.pad(part, padding) for part in (inputs, np.ones_like(inputs), targets, weights))
+
+
+def held_out_bits_per_byte(model, documents, size):
+    """Bits per byte of the text, `<eos>` of every document included, `<bos>` not."""
+    inputs, mask, targets, weights = (np.stack(parts) for parts in zip(*sliding_windows(documents)))
+    features = {"token_ids": inputs, "padding_mask": mask}
+    result = model.evaluate(features, targets, sample_weight=weights, batch_size=32, return_dict=True)
+    return math.log2(result["perplexity"]) * weights.sum() / size
+
+
+def build_model():
+    keras.utils.set_random_seed(SEED)
+    model = GemmaCausalLM(GemmaBackbone(**ARCHITECTURE))
+    decay = keras.optimizers.schedules.CosineDecay(
+        0.0, STEPS - WARMUP_STEPS, alpha=0.0, warmup_target=PEAK_LEARNING_RATE, warmup_steps=WARMUP_STEPS
+    )
+    # Muon (Liu et al., arXiv 2502.16982) for the feed-forward matrices, Adam for everything else.
+    optimizer = keras.optimizers.Muon(decay, adam_lr_ratio=ADAM_RATIO, adam_beta_2=0.98, weight_decay=0.02, global_clipnorm=1.0)
+    model.compile(optimizer=optimizer)
+    return model
+
+
+def train(model, stream, validation, work):
+    """Runs `fit`, an epoch being fifty steps, and returns the path of its log."""
+    log = work / "training.csv"
+    done = len(log.read_text().splitlines()) - 1 if log.exists() else 0
+    model.fit(
+        StreamBatches(stream, first_step=max(done, 0) * STEPS_BETWEEN_REPORTS),
+        epochs=STEPS // STEPS_BETWEEN_REPORTS,
+        validation_data=validation,
+        validation_freq=4,
+        callbacks=[
+            keras.callbacks.BackupAndRestore(work / "backup", delete_checkpoint=False),
+            keras.callbacks.CSVLogger(log, append=True),
+        ],
+    )
+    return log
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--preset-dir", type=Path, default=root / "presets" / "gemma_tiny_en")
+    parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/keras_gemma/pretrain_tiny").expanduser())
+    arguments = parser.parse_args()
+    work = arguments.work_dir
+    work.mkdir(parents=True, exist_ok=True)
+
+    corpus = load_corpus()
+    proto = train_vocabulary((document.text for document in corpus.train), VOCABULARY_SIZE)
+    preprocessor = GemmaCausalLMPreprocessor(GemmaTokenizer(proto), sequence_length=CONTEXT)
+    train_documents = encode(preprocessor.tokenizer, corpus.train)
+    held_out = encode(preprocessor.tokenizer, corpus.held_out)
+    order = np.random.default_rng(SEED).permutation(len(train_documents))
+    stream = np.concatenate([train_documents[i] for i in order])
+    print(f"{len(stream):,} tokens to train on, {sum(map(len, held_out)):,} held out")
+
+    model = build_model()
+    held_out_stream = np.concatenate(held_out)
+    starts = range(0, len(held_out_stream) - CONTEXT - 1, 8 * CONTEXT)
+    validation = batch_of([held_out_stream[start : start + CONTEXT + 1] for start in starts])
+    log = train(model, stream, validation, work)
+
+    train_text = "\n\n".join(document.text for document in corpus.train).encode()
+    held_out_text = "\n\n".join(document.text for document in corpus.held_out).encode()
+    size = sum(len(document.text.encode()) for document in corpus.held_out)
+    report.write_preset(model, preprocessor, arguments.preset_dir)
+    saved = GemmaCausalLM.from_preset(str(arguments.preset_dir), preprocessor=None)
+    result = {
+        "model": held_out_bits_per_byte(saved, held_out, size),
+        "kneser_ney_5": baselines.kneser_ney_bits_per_byte(stream, held_out_stream, size, VOCABULARY_SIZE),
+        **{f"xz_{name}": value for name, value in baselines.xz_bits_per_byte(train_text, held_out_text)._asdict().items()},
+    }
+    (work / "result.json").write_text(json.dumps(result, indent=4))
+    report.write_curve(log, STEPS_BETWEEN_REPORTS, ROWS_PER_STEP * CONTEXT, arguments.preset_dir / "training_curve.png")
+    run = {
+        "parameters": f"{model.count_params():,}",
+        "tokens of training text": f"{len(stream):,}",
+        "tokens seen": f"{STEPS * ROWS_PER_STEP * CONTEXT:,} in {STEPS:,} steps of {ROWS_PER_STEP} x {CONTEXT}",
+        "peak learning rate": f"{PEAK_LEARNING_RATE} (Adam: times {ADAM_RATIO})",
+        "architecture": ", ".join(f"{name} {value}" for name, value in ARCHITECTURE.items()),
+    }
+    report.write_readme(arguments.preset_dir, corpus, run, result)
+
+
+if __name__ == "__main__":
+    main()
