@@ -1,0 +1,79 @@
+"""Speed and memory beside the peers, in one run:
+
+    python tests/benchmarks                        # everything, about half an hour on two cores
+    python tests/benchmarks --only generation --repeats 5
+
+Prints a table of ratios and writes `results.json` and `results.png` into `--output`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import generation
+import training
+
+BENCHMARKS = {"generation": generation, "training": training}
+
+
+def rows_of(name, results):
+    """One row a ratio: what was measured, against whom, and how many times theirs ours is."""
+    if name == "generation":
+        return [(result["case"], "keras_hub", "speed", result["ratio"]) for result in results]
+    rows = []
+    for result in results:
+        ours = result["keras_gemma"]
+        for peer in ("keras_hub", "transformers"):
+            theirs = result[peer]
+            rows.append((result["case"], peer, "speed", ours["tokens_per_second"] / theirs["tokens_per_second"]))
+            rows.append((result["case"], peer, "memory", ours["peak_gib"] / theirs["peak_gib"]))
+    return rows
+
+
+def print_table(rows):
+    width = max(len(case) for case, *_ in rows)
+    print(f"{'case':{width}}  {'beside':12}  {'what':6}  ours / theirs")
+    for case, peer, what, ratio in rows:
+        print(f"{case:{width}}  {peer:12}  {what:6}  {ratio:.2f}")
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{case}\n{what} beside {peer}" for case, peer, what, _ in rows]
+    colours = ["tab:blue" if what == "speed" else "tab:orange" for _, _, what, _ in rows]
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1), layout="constrained")
+    bars = axes.barh(labels, [ratio for *_, ratio in rows], color=colours)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("ours / theirs (speed: more is better; memory: less is better)")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=BENCHMARKS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("."))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results, rows = {}, []
+    for name in [arguments.only] if arguments.only else BENCHMARKS:
+        results[name] = BENCHMARKS[name].run(arguments.repeats)
+        rows += rows_of(name, results[name])
+    print_table(rows)
+    (arguments.output / "results.json").write_text(json.dumps(results, indent=4))
+    draw(rows, arguments.output / "results.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
