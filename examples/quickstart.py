@@ -51,7 +51,7 @@ def main(examples):
     held_out, training = entries[:64], entries[64 : 64 + examples]
 
     model = GemmaCausalLM.from_preset("gemma_tiny_en")
-    model.preprocessor.sequence_length = 64
+    model.preprocessor.sequence_length = 48
     show("before", model)
 
     model.backbone.enable_lora(rank=8)
@@ -67,5 +67,5 @@ def main(examples):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=2400, help="entries to train on (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=1600, help="entries to train on (default: %(default)s)")
     main(parser.parse_args().examples)
