@@ -148,6 +148,8 @@ class ExampleBatches(keras.utils.PyDataset):
                 f"Received: {sorted(counts)}"
             )
         self._parts = (x, y, sample_weight)
+        if counts == {0}:
+            raise ValueError("At least one example is needed. Received none.")
         self._order = np.arange(counts.pop())
         self._batch_size = batch_size
         self._preprocess = preprocess

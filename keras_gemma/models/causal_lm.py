@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import keras_hub
 from keras import ops
@@ -94,12 +96,16 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         Returns:
             A `keras.callbacks.History`.
         """
+        _warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(
                 x, y, sample_weight, validation_split
             )
         if validation_data is not None:
-            validation_data = self._batches(*_unpacked(validation_data), batch_size)
+            validation_data = _unpacked(validation_data)
+            # A validation set in batches keeps their size.
+            validation_size = None if data.yields_batches(validation_data[0]) else batch_size
+            validation_data = self._batches(*validation_data, validation_size)
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
@@ -153,8 +159,6 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
-        # A validation set in pieces has its own batch size already.
-        batch_size = None if data.yields_batches(x) else batch_size
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
 
     # === Presets ===
@@ -195,6 +199,19 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             ValueError: for what cannot be saved, before anything is touched.
         """
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
+
+
+def _warn_of_weights_that_cannot_move(model):
+    # Keras' Adam corrects its bias in the dtype of the weights, and in bfloat16 1 - 0.999 is 0: no step at all.
+    optimizer = model.optimizer
+    if not isinstance(optimizer, keras.optimizers.Adam) or optimizer.beta_2 <= 1 - 2**-9:
+        return
+    if any(variable.dtype == "bfloat16" for variable in model.trainable_variables):
+        warnings.warn(
+            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} does not change bfloat16 weights. Train under "
+            "the dtype policy 'mixed_bfloat16', whose weights are float32.",
+            stacklevel=3,
+        )
 
 
 def _unpacked(validation_data):
