@@ -8,6 +8,22 @@ H head dim, V vocabulary.
 
 from keras_gemma.kernels.attention import cached_attention
 from keras_gemma.kernels.attention import causal_attention
+from keras_gemma.kernels.attention import prompt_attention
+from keras_gemma.kernels.cache import write_columns
 from keras_gemma.kernels.products import einsum_float32
+from keras_gemma.kernels.products import in_row_chunks
+from keras_gemma.kernels.products import prefers_packed_weights
+from keras_gemma.kernels.products import project
+from keras_gemma.kernels.selection import first_argmax
 
-__all__ = ["cached_attention", "causal_attention", "einsum_float32"]
+__all__ = [
+    "cached_attention",
+    "causal_attention",
+    "einsum_float32",
+    "first_argmax",
+    "in_row_chunks",
+    "prefers_packed_weights",
+    "project",
+    "prompt_attention",
+    "write_columns",
+]

@@ -6,6 +6,8 @@ from keras import ops
 
 from keras_gemma import checkpoints
 from keras_gemma import data
+from keras_gemma import generation
+from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.optional_inputs import with_optional_inputs
@@ -160,6 +162,197 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
+
+    # === Generating ===
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        max_new_tokens=None,
+        sampler=None,
+        seed=None,
+    ):
+        """Continues prompts.
+
+        Rows of a batch decode in step whatever their lengths. Sizes are rounded up to buckets, so that calls of new
+        lengths rarely compile anything; beam and contrastive search compile for every new length.
+
+        Args:
+            inputs: a string; a dialogue, that is a list of `{"role", "content"}` messages, which the model answers;
+                a list of either; `{"prompts": ...}` of these; token ids `{"token_ids", "padding_mask"}`, each
+                `[B, T]` and padded on the right; or a `tf.data.Dataset`, Grain data set or generator of such batches.
+            max_length: optional int. Most tokens of prompt and continuation together. By default the preprocessor's
+                `sequence_length`, unless `max_new_tokens` is given; for token ids `T`.
+            stop_token_ids: ids that end a row, `None` for none, or `"auto"`: `<eos>`, and `<end_of_turn>` where the
+                vocabulary has it.
+            strip_prompt: bool. Leaves the prompt out of what is returned.
+            max_new_tokens: optional int. Most tokens of the continuation. Where `max_length` is given too, the
+                smaller limit holds.
+            sampler: a keras-hub sampler or its name for this call, in place of the one the model was compiled with.
+            seed: optional int. Equal seeds give equal samples. Without one the sampler goes on from call to call.
+
+        Returns:
+            A string or a list of strings; for token ids a dict of NumPy arrays as `inputs`, whose mask runs up to the
+            stop token, that one included.
+
+        Raises:
+            ValueError: for a prompt that leaves no room, an empty batch, an unknown sampler, a limit below 1, and
+                token ids without `stop_token_ids` when there is no preprocessor.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from keras_gemma.models import GemmaBackbone, GemmaCausalLM
+        >>> backbone = GemmaBackbone(
+        ...     vocabulary_size=64, num_layers=2, num_query_heads=4, num_key_value_heads=1,
+        ...     hidden_dim=16, intermediate_dim=64, head_dim=8,
+        ... )
+        >>> model = GemmaCausalLM(backbone, preprocessor=None)
+        >>> prompt = {"token_ids": np.array([[2, 7, 0, 0, 0]]), "padding_mask": np.array([[1, 1, 0, 0, 0]])}
+        >>> model.generate(prompt, stop_token_ids=None)["padding_mask"].sum()
+        np.int64(5)
+        """
+        sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
+        settings = {
+            "max_length": max_length,
+            "max_new_tokens": max_new_tokens,
+            "stop_token_ids": text_generation.stop_token_list(self.preprocessor, stop_token_ids),
+            "strip_prompt": strip_prompt,
+        }
+        with generation.Sampling(sampler, seed) as sampling:
+            if not text_generation.is_data_set(inputs):
+                return self._generate_batch(inputs, sampling, **settings)
+            batches = text_generation.batches_of(inputs)
+            return text_generation.joined([self._generate_batch(batch, sampling, **settings) for batch in batches])
+
+    def _generate_batch(self, inputs, sampling, strip_prompt, **settings):
+        if text_generation.is_token_batch(inputs):
+            prompts, width = text_generation.prompts_of_tokens(inputs)
+            new_ids = self._new_ids(prompts, sampling, default_length=width, **settings)
+            if strip_prompt:
+                return text_generation.token_rows(new_ids, 1)
+            return text_generation.token_rows([a + b for a, b in zip(prompts, new_ids)], width)
+        prompts, batched = text_generation.prompts_of_text(self.preprocessor, inputs)
+        new_ids = self._new_ids(prompts, sampling, default_length=self.preprocessor.sequence_length, **settings)
+        rows = new_ids if strip_prompt else [a + b for a, b in zip(prompts, new_ids)]
+        texts = [self.preprocessor.decode(row) for row in rows]
+        return texts if batched else texts[0]
+
+    def _new_ids(self, prompts, sampling, **settings):
+        request = self._request(prompts, sampling, **settings)
+        new_ids, sampling.values = self._engine.generate(request)
+        return new_ids
+
+    def _request(self, prompts, sampling, max_length, max_new_tokens, stop_token_ids, default_length):
+        if max_length is None and max_new_tokens is None:
+            max_length = default_length
+        limits = text_generation.new_token_limits(prompts, max_length, max_new_tokens)
+        return generation.Request(prompts, limits, stop_token_ids, sampling.sampler, sampling.values)
+
+    @property
+    def _engine(self):
+        # Compiled programs are no state of the model: they are neither saved nor copied with it.
+        if "_generation_engine" not in self.__dict__:
+            self.__dict__["_generation_engine"] = generation.Engine(self.backbone)
+        return self.__dict__["_generation_engine"]
+
+    def stream(
+        self, prompt, max_length=None, stop_token_ids="auto", *, max_new_tokens=None, sampler=None, seed=None
+    ):
+        """Continues one prompt and yields the new text as it comes.
+
+        The pieces together are what `generate(prompt, strip_prompt=True)` returns with the same arguments. No piece
+        ends inside a character.
+
+        Args:
+            prompt: a string or a dialogue.
+            max_length, stop_token_ids, max_new_tokens, sampler, seed: as of `generate`.
+
+        Returns:
+            An iterator over strings. Arguments are checked at once, not when the first string is drawn.
+
+        Raises:
+            ValueError: as `generate`, and for a batch or a sampler that does not choose token by token.
+        """
+        sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
+        if generation.has_own_loop(sampler):
+            raise ValueError(
+                f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}"
+            )
+        prompts, batched = text_generation.prompts_of_text(self.preprocessor, prompt)
+        if batched:
+            raise ValueError("`stream` continues one prompt. Received a batch.")
+        sampling = generation.Sampling(sampler, seed)
+        request = self._request(
+            prompts,
+            sampling,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=text_generation.stop_token_list(self.preprocessor, stop_token_ids),
+            default_length=self.preprocessor.sequence_length,
+        )
+        return text_generation.text_pieces(self._growing_ids(request, sampling), self.preprocessor.decode)
+
+    def _growing_ids(self, request, sampling):
+        with sampling:
+            for rows, sampling.values in self._engine.stream(request):
+                yield rows[0]
+
+    def chat(self, messages, max_length=None, stop_token_ids="auto", **kwargs):
+        """The model's reply to a dialogue.
+
+        Args:
+            messages: list of `{"role", "content"}` messages, the last by the user.
+            max_length, stop_token_ids, **kwargs: as of `generate`.
+
+        Returns:
+            The reply as a string, without turn markers.
+        """
+        return self.generate(messages, max_length, stop_token_ids, strip_prompt=True, **kwargs)
+
+    def make_generate_function(self):
+        """As in keras-hub; programs are compiled and kept where `generate_step` runs."""
+        return self.generate_step
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Continues one batch of token ids with the model's own sampler.
+
+        Args:
+            inputs: dict of `token_ids` and `padding_mask`, each `[B, T]`, padded on the right.
+            stop_token_ids: optional ids that end a row.
+
+        Returns:
+            A dict as `inputs`, filled up to `T` or the first stop token.
+        """
+        return self.generate(inputs, stop_token_ids=stop_token_ids)
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        """Runs new tokens over the keys and values of earlier ones.
+
+        Args:
+            token_ids: int tensor `[B, T]`, the tokens at the columns from `cache_update_index` on.
+            cache: of `build_cache`, or as returned by this method: `{"layers": ((key, value), …), "first_column"}`
+                with `[B, K, S, H]` and `[B]`. Not to be used again afterwards: where the backend allows, it is
+                changed in place.
+            cache_update_index: int, or int scalar tensor.
+
+        Returns:
+            Float32 logits `[B, T, V]`, final hidden states `[B, T, D]`, and the new cache.
+        """
+        network = generation.LayerNetwork(self.backbone)
+        token_ids = ops.convert_to_tensor(token_ids, "int32")
+        hidden_states, cache = generation.update_cache(
+            network, network.weights(), token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32")
+        )
+        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
+
+    def build_cache(self, batch_size, max_length):
+        """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
+        return generation.empty_cache(self.backbone, batch_size, max_length)
 
     # === Presets ===
 

@@ -1,0 +1,308 @@
+"""One object that holds the stages together and a compiled program per bucket of sizes."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gemma.generation import decode
+from keras_gemma.generation import prefill
+from keras_gemma.generation import sampling
+from keras_gemma.generation.buckets import bucket
+from keras_gemma.generation.cache import with_capacity
+from keras_gemma.generation.network import network_of
+from keras_gemma.generation.programs import Program
+
+SMALLEST_PROMPT = 32
+SMALLEST_CAPACITY = 256
+SMALLEST_STOP_LIST = 4
+NO_TOKEN = -1
+# A stream shows text about so often, and never more tokens at once.
+STREAM_SECONDS = 0.05
+MOST_STREAMED = 8
+
+
+@dataclass
+class Request:
+    """A batch of prompts and how to continue them.
+
+    Args:
+        prompts: list of lists of token ids, none of them empty.
+        new_tokens: list of ints from 1, the most new tokens of each prompt.
+        stop_token_ids: list of ids that end a row. The row includes the one that ended it.
+        sampler: a keras-hub sampler that chooses tokens.
+        sampler_values: the values of its variables, see `sampling.seeded_values`.
+    """
+
+    prompts: list
+    new_tokens: list
+    stop_token_ids: list
+    sampler: Any
+    sampler_values: tuple
+
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError("A batch needs at least one prompt. Received an empty one.")
+        for prompt, new_tokens in zip(self.prompts, self.new_tokens):
+            if not len(prompt):
+                raise ValueError("A prompt needs at least one token, such as <bos>. Received an empty one.")
+            if new_tokens < 1:
+                raise ValueError(f"At least one new token must be asked for. Received: {new_tokens}")
+
+
+@dataclass
+class Decoding:
+    """A batch in the middle of being decoded. See `make_decode` for the tensors."""
+
+    network: Any
+    weights: Any
+    sampler_key: Any
+    sampler: Any
+    rows: int
+    prompt_length: int
+    cache: Any
+    tokens: Any
+    column: Any
+    end_column: Any
+    stop_token_ids: Any
+    sampler_values: tuple
+
+    @property
+    def capacity(self):
+        return self.tokens.shape[1]
+
+    @property
+    def longest(self):
+        """The column at which the last row ends, as far as is known."""
+        return int(np.max(to_numpy(self.end_column)))
+
+    @property
+    def finished(self):
+        return int(self.column) >= self.longest
+
+    def new_ids(self):
+        """The new token ids of every row so far, a list of lists."""
+        ends = np.minimum(to_numpy(self.end_column), int(self.column))
+        tokens = to_numpy(self.tokens)
+        return [tokens[row, self.prompt_length : ends[row]].tolist() for row in range(self.rows)]
+
+
+class Engine:
+    """Generates token ids with one backbone.
+
+    Sizes are rounded up to buckets and the number of new tokens is a tensor, so that calls of new lengths compile
+    nothing as long as their buckets are known. The cache begins small and grows as decoding goes on, so that
+    attention reads little more than is filled.
+
+    Args:
+        backbone: a `GemmaBackbone`.
+
+    Attributes:
+        programs: dict of compiled `Program`s by what they do.
+    """
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+        self.programs = {}
+
+    @property
+    def compilations(self):
+        """How many programs and shapes were compiled so far."""
+        return sum(program.compilations for program in self.programs.values())
+
+    def generate(self, request):
+        """Continues a batch to its end.
+
+        Returns:
+            A list of lists, the new token ids of every prompt; and the sampler's values afterwards.
+        """
+        if sampling.has_own_loop(request.sampler):
+            return self._search(request)
+        decoding = self.start(request)
+        while not decoding.finished:
+            self.advance(decoding)
+        return decoding.new_ids(), decoding.sampler_values
+
+    def stream(self, request):
+        """Continues one prompt, yielding its new ids as of `generate` so far, and the sampler's values."""
+        decoding = self.start(request)
+        new_tokens = 1
+        while not decoding.finished:
+            began = time.monotonic()
+            self.advance(decoding, new_tokens)
+            new_ids = decoding.new_ids()
+            seconds = time.monotonic() - began
+            yield new_ids, decoding.sampler_values
+            new_tokens = min(2 * new_tokens, MOST_STREAMED) if seconds < STREAM_SECONDS else 1
+
+    def start(self, request):
+        """Runs the prompts of a `Request` and returns its `Decoding`, which `advance` continues."""
+        network = network_of(self.backbone)
+        weights = network.weights()
+        token_ids, first_column = _right_aligned(request.prompts)
+        rows, length = len(request.prompts), token_ids.shape[1]
+        # Rows that only fill the batch up have ended before they begin.
+        end_column = np.full(len(token_ids), length, "int32")
+        end_column[:rows] += np.asarray(request.new_tokens, "int32")
+        capacity = _first_capacity(length, int(end_column.max()))
+        cache, _ = self._prefill(network, weights, token_ids, first_column, capacity)
+        sampler_key, sampler = sampling.key_and_twin(request.sampler)
+        return Decoding(
+            network=network,
+            weights=weights,
+            sampler_key=sampler_key,
+            sampler=sampler,
+            rows=rows,
+            prompt_length=length,
+            cache=cache,
+            tokens=_on_device(np.pad(token_ids, ((0, 0), (0, capacity - length)))),
+            column=_scalar(length),
+            end_column=_on_device(end_column),
+            stop_token_ids=ops.convert_to_tensor(_stop_list(request.stop_token_ids)),
+            sampler_values=request.sampler_values,
+        )
+
+    def advance(self, decoding, new_tokens=None):
+        """Decodes up to `new_tokens` more columns, or as many as the cache has room for."""
+        column = int(decoding.column)
+        if column == decoding.capacity:
+            self._grow(decoding)
+        until = decoding.capacity if new_tokens is None else min(column + new_tokens, decoding.capacity)
+        program = self._program(
+            ("decode", decoding.network.key, decoding.sampler_key),
+            lambda: decode.make_decode(decoding.network, decoding.sampler),
+            donated=(1,),
+        )
+        decoding.cache, decoding.tokens, decoding.column, decoding.end_column, decoding.sampler_values = program(
+            decoding.weights,
+            decoding.cache,
+            decoding.tokens,
+            decoding.column,
+            decoding.end_column,
+            decoding.stop_token_ids,
+            _scalar(until),
+            decoding.sampler_values,
+        )
+
+    def _grow(self, decoding):
+        capacity = bucket(min(decoding.longest, 2 * decoding.capacity), SMALLEST_CAPACITY)
+        program = self._program(
+            ("grow", capacity), lambda: lambda columns: with_capacity(columns, capacity), donated=(0,)
+        )
+        layers = tuple((program(key), program(value)) for key, value in decoding.cache["layers"])
+        decoding.cache = {**decoding.cache, "layers": layers}
+        decoding.tokens = ops.pad(decoding.tokens, [(0, 0), (0, capacity - decoding.capacity)])
+
+    def _prefill(self, network, weights, token_ids, first_column, capacity, with_hidden=False):
+        """The cache of right-aligned prompts, and their hidden states `[B, P, D]` where asked for."""
+        first_column = _on_device(first_column)
+        embed = self._program(("embed", network.key), lambda: prefill.make_embed(network))
+        x = embed(weights["ends"], _on_device(token_ids))
+        layers = []
+        for index, block_weights in enumerate(weights["blocks"]):
+            last = index == len(weights["blocks"]) - 1 and not with_hidden
+            outputs = self._prefill_block(network, index, capacity, last)(block_weights, x, first_column)
+            x = None if last else outputs[0]
+            layers.append(tuple(outputs[-2:]))
+        cache = {"layers": tuple(layers), "first_column": first_column}
+        if not with_hidden:
+            return cache, None
+        hidden = self._program(("hidden", network.key), lambda: prefill.make_hidden(network))
+        return cache, hidden(weights["ends"], x, first_column)
+
+    def _prefill_block(self, network, index, capacity, last):
+        make = prefill.make_last_block if last else prefill.make_block
+        index = network.representatives[index]
+        return self._program((make.__name__, network.key, index, capacity), lambda: make(network, index, capacity))
+
+    def _search(self, request):
+        network = network_of(self.backbone)
+        weights = network.weights()
+        token_ids, first_column = _right_aligned(request.prompts)
+        length = token_ids.shape[1]
+        total = length + max(request.new_tokens)
+        room = [(0, 0), (0, total - length)]
+        cache, hidden_states = self._prefill(
+            network, weights, token_ids, first_column, bucket(total, SMALLEST_CAPACITY), with_hidden=True
+        )
+        stop_token_ids = tuple(request.stop_token_ids) or None
+        sampler_key, sampler = sampling.key_and_twin(request.sampler)
+        program = self._program(
+            ("search", network.key, sampler_key, stop_token_ids),
+            lambda: decode.make_search(network, sampler, stop_token_ids),
+        )
+        tokens, sampler_values = program(
+            weights,
+            cache,
+            _on_device(np.pad(token_ids, room)),
+            ops.pad(hidden_states, [*room, (0, 0)]),
+            _scalar(length),
+            request.sampler_values,
+        )
+        rows = to_numpy(tokens)[: len(request.prompts), length:]
+        return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, request.new_tokens)], sampler_values
+
+    def _program(self, key, make, donated=()):
+        if key not in self.programs:
+            self.programs[key] = Program(make(), donated)
+        return self.programs[key]
+
+
+def to_numpy(x):
+    # A copy: on a CPU, JAX would show NumPy memory that a later program takes over.
+    return np.array(ops.convert_to_numpy(x))
+
+
+def _right_aligned(prompts):
+    """Token ids `[B, P]` with both sizes rounded up, and the first column `[B]` of every row.
+
+    Rows that only fill the batch up are copies of the first.
+    """
+    batch = _batch_bucket(len(prompts))
+    length = bucket(max(map(len, prompts)), SMALLEST_PROMPT)
+    prompts = [*prompts, *[prompts[0]] * (batch - len(prompts))]
+    token_ids = np.zeros((batch, length), "int32")
+    for row, prompt in zip(token_ids, prompts):
+        row[length - len(prompt) :] = prompt
+    return token_ids, np.array([length - len(prompt) for prompt in prompts], "int32")
+
+
+def _batch_bucket(size):
+    """The batch size compiled for: a bucket, and a multiple of the devices that share the batch."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return bucket(size)
+    mesh = distribution.device_mesh
+    devices = mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+    return devices * bucket(-(-size // devices))
+
+
+def _first_capacity(prompt_length, longest):
+    return bucket(min(longest, max(SMALLEST_CAPACITY, 2 * prompt_length)), SMALLEST_CAPACITY)
+
+
+def _stop_list(stop_token_ids):
+    length = bucket(len(stop_token_ids), SMALLEST_STOP_LIST)
+    return np.array([*stop_token_ids, *[NO_TOKEN] * (length - len(stop_token_ids))], "int32")
+
+
+def _cut(row, new_tokens, stop_token_ids):
+    """The ids of a row up to its limit or its first stop token, that one included."""
+    row = row[:new_tokens].tolist()
+    ends = [i + 1 for i, token in enumerate(row) if token in stop_token_ids]
+    return row[: ends[0]] if ends else row
+
+
+def _scalar(value):
+    return ops.convert_to_tensor(value, "int32")
+
+
+def _on_device(array):
+    """A tensor with the batch first, laid out as `keras.distribution` lays out data."""
+    tensor = ops.convert_to_tensor(array)
+    distribution = keras.distribution.distribution()
+    layout = distribution and distribution.get_data_layout(tensor.shape)
+    return keras.distribution.distribute_tensor(tensor, layout) if layout else tensor

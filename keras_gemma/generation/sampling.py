@@ -1,0 +1,115 @@
+"""keras-hub's samplers as pure functions of the values of their variables.
+
+A sampler either chooses a token from probabilities (`get_next_token`: greedy, random, top_k, top_p, a user's own) or
+brings a loop of its own (`__call__`: beam, contrastive).
+"""
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_gemma import kernels
+
+NAMES = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
+
+
+def resolve_sampler(sampler):
+    """The keras-hub sampler that a name, a configuration or a sampler stands for.
+
+    Raises:
+        ValueError: for an unknown name, something that is no sampler, and samplers that need more than one model.
+
+    Example:
+
+    >>> from keras_gemma.generation import resolve_sampler
+    >>> resolve_sampler("top_k").k
+    5
+    """
+    if isinstance(sampler, str) and sampler not in (*NAMES, "speculative"):
+        raise ValueError(f"A sampler is one of {', '.join(map(repr, NAMES))}. Received: {sampler!r}")
+    if isinstance(sampler, (str, dict)):
+        sampler = keras_hub.samplers.get(sampler)
+    if not isinstance(sampler, keras_hub.samplers.Sampler):
+        raise ValueError(
+            f"A sampler is one of {', '.join(map(repr, NAMES))} or a `keras_hub.samplers.Sampler`. "
+            f"Received: {sampler!r}"
+        )
+    if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
+        raise ValueError("`SpeculativeSampler` needs a draft model beside this one, which `generate` does not take.")
+    if getattr(sampler, "return_all_beams", False):
+        raise ValueError("`generate` returns one text a prompt. Received a sampler with return_all_beams=True.")
+    return sampler
+
+
+def has_own_loop(sampler):
+    return type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__
+
+
+def key_and_twin(sampler):
+    """What two samplers must share to share a program, and the sampler to build that program with.
+
+    Samplers of keras-hub are described by their settings, and a copy is built into the program, so that changing
+    the settings of the original later changes no program. A user's own may hold anything and stands for itself.
+    """
+    if not type(sampler).__module__.startswith("keras_hub."):
+        return sampler, sampler
+    config = {name: value for name, value in sampler.get_config().items() if name != "seed"}
+    return (type(sampler), *sorted(config.items())), type(sampler).from_config(config)
+
+
+class Sampling:
+    """A sampler and the values of its variables in the course of a call.
+
+    As a context manager it hands the values back to the sampler at the end, unless they came from a seed.
+
+    Args:
+        sampler: a keras-hub sampler.
+        seed: optional int.
+
+    Attributes:
+        values: tuple of tensors.
+    """
+
+    def __init__(self, sampler, seed=None):
+        self.sampler = sampler
+        self.seed = seed
+        self.values = seeded_values(sampler, seed)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.seed is None:
+            for variable, value in zip(self.sampler.variables, self.values):
+                variable.assign(value)
+
+
+def seeded_values(sampler, seed):
+    """The values of a sampler's variables, fresh from a seed or, without one, as they stand."""
+    if seed is None:
+        return tuple(ops.convert_to_tensor(v) for v in sampler.variables)
+    generators = (keras.random.SeedGenerator(seed + i) for i in range(len(sampler.variables)))
+    return tuple(ops.convert_to_tensor(generator.state) for generator in generators)
+
+
+def choose(sampler, logits, values):
+    """The next token `[B]` of every row from its float32 logits `[B, V]`, and the sampler's new values."""
+    if type(sampler) is keras_hub.samplers.GreedySampler:
+        return kernels.first_argmax(logits), values
+
+    def draw():
+        return ops.cast(sampler.get_next_token(sampler.compute_probabilities(logits)), "int32")
+
+    return _with_values(sampler, values, draw)
+
+
+def run(sampler, values, arguments):
+    """What the sampler's own loop returns, and the sampler's new values."""
+    return _with_values(sampler, values, lambda: sampler(**arguments))
+
+
+def _with_values(sampler, values, function):
+    variables = sampler.variables
+    with keras.StatelessScope(state_mapping=zip(variables, values)) as scope:
+        result = function()
+        return result, tuple(ops.convert_to_tensor(scope.get_current_value(v)) for v in variables)

@@ -1,0 +1,20 @@
+"""The questions about the platform that the kernels ask."""
+
+import keras
+
+
+def on_jax():
+    return keras.backend.backend() == "jax"
+
+
+def on_jax_cpu():
+    """Whether XLA compiles for a CPU, where the order of a product's operands decides its speed."""
+    if not on_jax():
+        return False
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def on_torch():
+    return keras.backend.backend() == "torch"
