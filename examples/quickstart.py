@@ -54,8 +54,7 @@ def main(examples):
     model.preprocessor.sequence_length = 48
     show("before", model)
 
-    model.backbone.enable_lora(rank=8)
-    model.compile(optimizer=keras.optimizers.Adam(5e-3))
+    model.compile(optimizer=keras.optimizers.Adam(1e-3))
     before = model.evaluate(held_out, verbose=0, return_dict=True)["loss"]
     print(f"\n--- fine-tuning on {len(training)} entries of a log")
     model.fit(training, batch_size=16)
