@@ -41,7 +41,7 @@ class RotaryEmbedding(keras.layers.Layer):
         """Sine and cosine `[B, T, H / 2]` of int positions `[B, T]`."""
         exponent = np.arange(0, self.head_dim, 2, dtype="float64") / self.head_dim
         frequencies = (self.max_wavelength**-exponent).astype("float32")
-        angles = ops.cast(positions, "float32")[..., None] * frequencies
+        angles = ops.cast(positions, "float32")[..., None] * ops.convert_to_tensor(frequencies)
         return ops.sin(angles), ops.cos(angles)
 
     def compute_output_spec(self, token_ids, positions=None):
