@@ -55,9 +55,7 @@ def test_missing_shard(sharded):
     _refuses(sharded, "model_00001.weights.h5", error=FileNotFoundError)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "task.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"]
-)
+@pytest.mark.parametrize("name", ["config.json", "task.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"])
 def test_truncated_file(preset, name):
     content = (preset / name).read_bytes()
     (preset / name).write_bytes(content[: len(content) * 2 // 3])

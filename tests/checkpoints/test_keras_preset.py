@@ -15,6 +15,8 @@ from keras_gemma.models import GemmaCausalLM
 from keras_gemma.models import GemmaCausalLMPreprocessor
 from keras_gemma.models import GemmaTokenizer
 
+ONE_SHAPE = pytest.mark.parametrize("shape", ["7b"], indirect=True)
+
 LOADED_BY_KERAS_HUB_ALONE = """
 import sys
 import keras, keras_hub, numpy as np
@@ -40,12 +42,14 @@ def test_keras_hub_to_keras_gemma_and_back(preset, tmp_path, logits):
 
 
 @pytest.mark.multi_backend
+@ONE_SHAPE
 def test_a_loaded_model_learns(preset):
     model = GemmaCausalLM.from_preset(preset)
     history = model.fit(["to be or not to be"] * 4, batch_size=2, epochs=2, verbose=0).history["loss"]
     assert history[1] < history[0]
 
 
+@ONE_SHAPE
 def test_keras_hub_without_this_package_loads_ours(preset, tmp_path, logits):
     model = GemmaCausalLM.from_preset(preset)
     model.save_to_preset(tmp_path / "ours", max_shard_size=1e-4)
@@ -58,6 +62,7 @@ def test_keras_hub_without_this_package_loads_ours(preset, tmp_path, logits):
     np.testing.assert_allclose(np.load(output), logits(model), atol=1e-5)
 
 
+@ONE_SHAPE
 def test_settings_are_respected_and_replaced(preset):
     assert GemmaCausalLM.from_preset(preset).preprocessor.add_end_token is False
     assert GemmaCausalLM.from_preset(preset, sequence_length=7).preprocessor.sequence_length == 7
@@ -70,6 +75,7 @@ def test_settings_are_respected_and_replaced(preset):
         GemmaCausalLM.from_preset(preset, sequence_length=7, preprocessor=preprocessor)
 
 
+@ONE_SHAPE
 def test_tokenizer(preset, vocabulary):
     tokenizer = GemmaTokenizer.from_preset(preset, sequence_length=5)
     assert tokenizer.proto == vocabulary
@@ -77,6 +83,7 @@ def test_tokenizer(preset, vocabulary):
     assert tokenizer.detokenize(GemmaTokenizer.from_preset(preset)("two  spaces")) == "two  spaces"
 
 
+@ONE_SHAPE
 def test_a_task_saved_without_preprocessor_has_none(preset, tmp_path):
     GemmaCausalLM.from_preset(preset, preprocessor=None).save_to_preset(tmp_path / "ours")
     assert GemmaCausalLM.from_preset(tmp_path / "ours").preprocessor is None
@@ -84,6 +91,7 @@ def test_a_task_saved_without_preprocessor_has_none(preset, tmp_path):
 
 
 @pytest.mark.multi_backend
+@ONE_SHAPE
 def test_dtype(preset, tmp_path, logits):
     model = GemmaCausalLM.from_preset(preset, dtype="bfloat16")
     assert {v.dtype for v in model.backbone.trainable_variables} == {"bfloat16"}
@@ -96,12 +104,14 @@ def test_dtype(preset, tmp_path, logits):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(difference), 0)
 
 
+@ONE_SHAPE
 def test_the_file_keeps_the_models_dtype(preset, tmp_path):
     GemmaBackbone.from_preset(preset, dtype="bfloat16").save_to_preset(tmp_path / "half")
     weights = "model.weights.h5"
     assert (tmp_path / "half" / weights).stat().st_size < 0.8 * (preset / weights).stat().st_size
 
 
+@ONE_SHAPE
 def test_load_weights_false(preset, logits):
     model = GemmaCausalLM.from_preset(preset, load_weights=False)
     loaded = GemmaCausalLM.from_preset(preset)
@@ -113,6 +123,7 @@ def _rename(content, old, new):
     return json.loads(json.dumps(content).replace(old, new))
 
 
+@ONE_SHAPE
 def test_names_of_keras_nlp(preset, logits):
     expected = logits(GemmaCausalLM.from_preset(preset))
     for path in preset.glob("*.json"):
@@ -130,6 +141,7 @@ def test_names_of_keras_nlp(preset, logits):
 
 
 @pytest.mark.multi_backend
+@ONE_SHAPE
 def test_int8(preset, tmp_path, logits):
     reference = keras_hub.models.GemmaCausalLM.from_preset(str(preset))
     reference.backbone.quantize("int8")
@@ -147,6 +159,7 @@ def test_int8(preset, tmp_path, logits):
     assert half.backbone.layer_norm.scale.dtype == "bfloat16"
 
 
+@ONE_SHAPE
 def test_lora_is_merged(preset, tmp_path, logits):
     model = GemmaCausalLM.from_preset(preset)
     model.backbone.enable_lora(2)
@@ -157,6 +170,7 @@ def test_lora_is_merged(preset, tmp_path, logits):
     np.testing.assert_allclose(logits(GemmaCausalLM.from_preset(tmp_path / "ours")), logits(model), atol=1e-4)
 
 
+@ONE_SHAPE
 def test_dropout_draws_after_loading(preset):
     backbone = GemmaBackbone.from_preset(preset, dropout=0.5)
     ones = np.ones((2, 5), "int32")
@@ -174,6 +188,7 @@ def test_presets_of_other_architectures_are_refused_by_name(tmp_path):
         GemmaBackbone.from_preset(tmp_path)
 
 
+@ONE_SHAPE
 def test_gemma_2_is_refused(preset):
     config = json.loads((preset / "config.json").read_text())
     config["config"]["use_post_ffw_norm"] = True
@@ -182,6 +197,7 @@ def test_gemma_2_is_refused(preset):
         GemmaBackbone.from_preset(preset)
 
 
+@ONE_SHAPE
 def test_variables_take_the_layout_of_the_distribution(preset):
     if keras.config.backend() != "jax":
         pytest.skip("keras.distribution works on JAX")
