@@ -26,6 +26,7 @@ INTERRUPTED = 130
 def main(argv=None):
     """Runs one command and returns the exit status: 0, 1 for a failure, 2 for wrong usage."""
     args = build_parser().parse_args(argv)
+    startup.silence_libraries()
     try:
         args.run(args)
         return 0
@@ -275,7 +276,15 @@ def take_turn(model, messages, line, sampling):
         print(f"keras-gemma: {_one_line(error)}", file=sys.stderr)
         return messages
     write("\n")
-    return [*asked, {"role": "model", "content": "".join(reply)}]
+    return [*asked, {"role": "model", "content": without_markers("".join(reply))}]
+
+
+def without_markers(reply):
+    """A reply that can stand in a dialogue: a model that was not trained on turns may write their markers."""
+    from keras_gemma.models.chat_format import END_OF_TURN
+    from keras_gemma.models.chat_format import START_OF_TURN
+
+    return reply.replace(START_OF_TURN, "").replace(END_OF_TURN, "")
 
 
 def drop_oldest(model, messages, new_tokens):

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 # Keras writes this into its configuration file at its first import, so the file alone is nobody's choice.
@@ -49,6 +51,14 @@ def leave_out_tensorflow():
     for package in ("tensorflow", "tensorflow_text"):
         # Python takes None for "cannot be imported".
         sys.modules.setdefault(package, None)
+
+
+def silence_libraries():
+    """Leaves the standard error to the program itself, for those whose user did not write it. Errors still show."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def import_keras_hub_quietly():

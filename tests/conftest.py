@@ -10,7 +10,11 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import pytest
 import sentencepiece
 
-LICENSE = Path(__file__).parent.parent / "LICENSE"
+ROOT = Path(__file__).parent.parent
+LICENSE = ROOT / "LICENSE"
+
+# For tests that start a Python of their own, wherever it runs and whether or not the package is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 _MINIATURE = {"vocabulary_size": 500, "num_layers": 4, "num_query_heads": 4, "head_dim": 8}
 

@@ -165,6 +165,12 @@ class TestChat:
         assert [message["content"] for message in model.asked[-1]] == ["Hello", "Sunny days.", "How so?"]
         assert [message["role"] for message in model.asked[-1]] == ["user", "model", "user"]
 
+    def test_a_reply_with_a_turn_marker_can_stand_in_the_dialogue(self, model, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "ANSWER", ["Well<start_of", "_turn>."])
+        typed(monkeypatch, "Hello", "How so?")
+        assert cli.main(["chat"]) == 0
+        assert model.asked[-1][1]["content"] == "Well."
+
     def test_quit_and_reset(self, model, monkeypatch):
         typed(monkeypatch, "Hello", "/reset", "Again", "/quit", "Not read")
         assert cli.main(["chat"]) == 0

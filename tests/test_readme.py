@@ -11,6 +11,9 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^(?:<!-- (?P<mark>\w+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
+# TensorFlow Text's tokenizer says this of every vocabulary without normalisation, and has no switch for it.
+TF_TEXT_NOISE = re.compile(r"normalizer\.cc\(\d+\) LOG\(INFO\)")
+
 
 def blocks(mark=None, language=None):
     found = [match.groupdict() for match in BLOCK.finditer(README.read_text("utf-8"))]
@@ -40,7 +43,7 @@ def test_the_tour_in_the_shell(command, tmp_path):
     done = subprocess.run(command, shell=True, cwd=README.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("In the morning")
-    assert done.stderr == ""
+    assert not [line for line in done.stderr.splitlines() if not TF_TEXT_NOISE.match(line)]
 
 
 @pytest.mark.parametrize("mark", ["quickstart", "tests"])
