@@ -41,6 +41,19 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         self._add_special_token("<eos>", "end_token")
         self._add_special_token("<pad>", "pad_token")
         super().__init__(proto=proto, **kwargs)
+        # There is nothing to build, and `quantize` of a whole model refuses layers that are not.
+        self.built = True
+
+    def _set_proto_tf(self, proto):
+        """Nothing yet: TensorFlow Text is slow to start and logs, and only TensorFlow graphs need it."""
+
+    def _maybe_initialized_tf(self):
+        if getattr(self, "_sentence_piece", None) is None:
+            import tensorflow as tf
+
+            # Its resource must live outside the graph that is the first to use it.
+            with tf.init_scope():
+                super()._set_proto_tf(self.proto)
 
     @property
     def unk_token_id(self):
