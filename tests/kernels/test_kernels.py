@@ -1,0 +1,110 @@
+"""Every fast path beside a plain formula in float64."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_gemma import kernels
+
+pytestmark = pytest.mark.multi_backend
+
+
+def random_array(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def to_numpy(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+def attention(query, key, value, mask):
+    """`[T, N, H]`, `[S, K, H]`, `[S, K, H]`, `[T, S]` → `[T, N, H]`, head by head."""
+    group = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head].astype("float64") @ key[:, head // group].T
+        weights = np.exp(np.where(mask, scores, -np.inf))
+        heads.append(weights / weights.sum(-1, keepdims=True) @ value[:, head // group])
+    return np.stack(heads, axis=1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("length", [7, 130, 256, 600])
+def test_prompt_attention(length, kv_heads):
+    first_column = np.array([0, 3, length - 1], "int32")
+    query = random_array(3, length, 4, 8)
+    key = random_array(3, length, kv_heads, 8, seed=1)
+    value = random_array(3, length, kv_heads, 8, seed=2)
+    attended = to_numpy(kernels.prompt_attention(*map(ops.convert_to_tensor, (query, key, value, first_column))))
+    columns = np.arange(length)
+    assert np.isfinite(attended).all()
+    for row, first in enumerate(first_column):
+        mask = (columns[None, :] <= columns[first:, None]) & (columns[None, :] >= first)
+        expected = attention(query[row, first:], key[row], value[row], mask)
+        np.testing.assert_allclose(attended[row, first:], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("length", [1, 3])
+def test_cached_attention(length, kv_heads):
+    capacity, column = 20, 11
+    first_column = np.array([0, 5, 11], "int32")
+    query = random_array(3, length, 4, 8)
+    key = random_array(3, kv_heads, capacity, 8, seed=1)
+    value = random_array(3, kv_heads, capacity, 8, seed=2)
+    # Whatever stands beyond the filled columns.
+    key[:, :, column + length :] = 1e3
+    arguments = map(ops.convert_to_tensor, (query, key, value, first_column, np.int32(column)))
+    attended = to_numpy(kernels.cached_attention(*arguments))
+    columns = np.arange(capacity)
+    for row, first in enumerate(first_column):
+        mask = (columns[None, :] <= column + np.arange(length)[:, None]) & (columns[None, :] >= first)
+        expected = attention(query[row], key[row].swapaxes(0, 1), value[row].swapaxes(0, 1), mask)
+        np.testing.assert_allclose(attended[row], expected, atol=2e-5)
+
+
+def test_cached_attention_in_bfloat16_scores_in_float32():
+    # The scores 256 and 257 are one number in bfloat16.
+    query = np.array([16.0, 1.0]).reshape(1, 1, 1, 2)
+    key = np.array([[16.0, 0.0], [16.0, 1.0]]).reshape(1, 1, 2, 2)
+    value = np.array([[0.0, 0.0], [1.0, 1.0]]).reshape(1, 1, 2, 2)
+    query, key, value = (ops.cast(x, "bfloat16") for x in (query, key, value))
+    attended = kernels.cached_attention(query, key, value, ops.zeros((1,), "int32"), ops.convert_to_tensor(1))
+    np.testing.assert_allclose(to_numpy(ops.cast(attended, "float32"))[0, 0, 0, 0], 1 / (1 + np.exp(-1)), rtol=4e-3)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (3, 70)])
+def test_project(rows):
+    x, weight = random_array(*rows, 16), random_array(24, 16, seed=1)
+    projected = kernels.project(ops.convert_to_tensor(x), ops.convert_to_tensor(weight))
+    np.testing.assert_allclose(to_numpy(projected), x @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 100, 255])
+def test_in_row_chunks(length):
+    x, y = random_array(3, length, 4), random_array(3, length, 4, seed=1)
+    result = kernels.in_row_chunks(
+        lambda x, y: ops.concatenate([x, x * y], axis=-1), *map(ops.convert_to_tensor, (x, y))
+    )
+    np.testing.assert_allclose(to_numpy(result), np.concatenate([x, x * y], axis=-1), rtol=1e-6)
+
+
+def test_write_columns():
+    cache, columns = random_array(2, 1, 6, 3), random_array(2, 1, 2, 3, seed=1)
+    written = kernels.write_columns(
+        ops.convert_to_tensor(cache.copy()), ops.convert_to_tensor(columns), ops.convert_to_tensor(3)
+    )
+    expected = cache.copy()
+    expected[:, :, 3:5] = columns
+    np.testing.assert_array_equal(to_numpy(written), expected)
+
+
+def test_first_argmax():
+    scores = random_array(5, 100)
+    scores[1, [7, 50]] = 9.0
+    scores[2] = -np.inf
+    scores[3] = -1e30
+    chosen = kernels.first_argmax(ops.convert_to_tensor(scores))
+    assert keras.backend.standardize_dtype(chosen.dtype) == "int32"
+    np.testing.assert_array_equal(to_numpy(chosen), scores.argmax(-1))
