@@ -42,7 +42,7 @@ ARCHITECTURE = dict(
     head_dim=64,
 )
 ROWS_PER_STEP = 16
-STEPS = 1800
+STEPS = 1500
 STEPS_BETWEEN_REPORTS = 50
 WARMUP_STEPS = 60
 PEAK_LEARNING_RATE = 8e-3
@@ -123,7 +123,9 @@ def build_model():
         0.0, STEPS - WARMUP_STEPS, alpha=0.0, warmup_target=PEAK_LEARNING_RATE, warmup_steps=WARMUP_STEPS
     )
     # Muon (Liu et al., arXiv 2502.16982) for the feed-forward matrices, Adam for everything else.
-    optimizer = keras.optimizers.Muon(decay, adam_lr_ratio=ADAM_RATIO, adam_beta_2=0.98, weight_decay=0.02, global_clipnorm=1.0)
+    optimizer = keras.optimizers.Muon(
+        decay, adam_lr_ratio=ADAM_RATIO, adam_beta_2=0.98, weight_decay=0.02, global_clipnorm=1.0
+    )
     model.compile(optimizer=optimizer)
     return model
 
@@ -177,7 +179,10 @@ def main():
     result = {
         "model": held_out_bits_per_byte(saved, held_out, size),
         "kneser_ney_5": baselines.kneser_ney_bits_per_byte(stream, held_out_stream, size, VOCABULARY_SIZE),
-        **{f"xz_{name}": value for name, value in baselines.xz_bits_per_byte(train_text, held_out_text)._asdict().items()},
+        **{
+            f"xz_{name}": value
+            for name, value in baselines.xz_bits_per_byte(train_text, held_out_text)._asdict().items()
+        },
     }
     (work / "result.json").write_text(json.dumps(result, indent=4))
     report.write_curve(log, STEPS_BETWEEN_REPORTS, ROWS_PER_STEP * CONTEXT, arguments.preset_dir / "training_curve.png")

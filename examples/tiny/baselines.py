@@ -1,7 +1,7 @@
-"""What a language model has to beat: a general compressor and a Kneser-Ney 5-gram, both in bits per byte of held-out text.
+"""What a language model has to beat, in bits per byte of held-out text: a compressor and a Kneser-Ney 5-gram.
 
-    xz_bits_per_byte(train_bytes, held_out_bytes).conditional
-    kneser_ney_bits_per_byte(train_ids, held_out_ids, len(held_out_bytes), vocabulary_size)
+xz_bits_per_byte(train_bytes, held_out_bytes).conditional
+kneser_ney_bits_per_byte(train_ids, held_out_ids, len(held_out_bytes), vocabulary_size)
 """
 
 import lzma
@@ -13,7 +13,7 @@ BOS_ID = 2
 
 
 class XzBitsPerByte(NamedTuple):
-    """`alone`: the held-out text by itself. `conditional`: what it adds to an archive that has the training text before it."""
+    """`alone`: the held-out text by itself. `conditional`: what it adds to an archive of the training text."""
 
     alone: float
     conditional: float
@@ -55,10 +55,12 @@ def kneser_ney_bits_per_byte(
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney with the three discounts of Chen and Goodman, "An Empirical Study of Smoothing Techniques for
-    Language Modeling" (1998), equations 20 and 26; below the unigrams stands the uniform distribution.
+    """Interpolated Kneser-Ney with three discounts; below the unigrams stands the uniform distribution.
 
-    An n-gram is known by its number: its row in `grams[n]`, the sorted keys `number of its first n-1 tokens · V + last token`.
+    Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), equations 20 and 26.
+
+    An n-gram is known by its number: its row in `grams[n]`, the sorted keys
+    `number of its first n-1 tokens · V + last token`.
     """
 
     def __init__(self, ids: np.ndarray, vocabulary_size: int, order: int = 5, bos_id: int = BOS_ID):
@@ -91,7 +93,7 @@ class KneserNey:
         return stream, stream != self.bos_id
 
     def _level(self, n: int, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the discounted share of each n-gram in its context and the mass each context leaves to the shorter grams."""
+        """The discounted share of each n-gram in its context, and the mass each context leaves to shorter grams."""
         contexts = self.grams[n] // self.vocabulary_size
         size = len(self.grams[n - 1]) if n > 1 else 1
         total = np.bincount(contexts, weights=counts, minlength=size)
@@ -119,7 +121,7 @@ class KneserNey:
         return numbers
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
-        """The probability of the last token of each row after the `order - 1` tokens before it; rows has shape (n, order)."""
+        """The probability of the last token of each row `[n, order]` after the `order - 1` tokens before it."""
         result = np.full(len(rows), 1 / self.vocabulary_size)
         for n in range(1, self.order + 1):
             share, left = self.levels[n]

@@ -5,9 +5,9 @@
     corpus = load_corpus()
     corpus.train[0].source, corpus.train[0].licence, corpus.train[0].text
 
-A document is a chapter, or about 8 kB of consecutive dictionary entries. A paragraph is one line, paragraphs are separated
-by one blank line, verse keeps its line breaks. Quotation marks and dashes are plain ASCII throughout, as in most of the
-sources. The same packages give the same documents in the same order.
+A document is a chapter, or about 8 kB of consecutive dictionary entries. A paragraph is one line, paragraphs are
+separated by one blank line, verse keeps its line breaks. Quotation marks and dashes are plain ASCII throughout, as in
+most of the sources. The same packages give the same documents in the same order.
 """
 
 import gzip
@@ -17,7 +17,8 @@ import re
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,17 +113,21 @@ def download_package(package: str, cache: Path) -> Path:
     archive = next(cache.glob(f"{package}_*.deb"), None)
     if done.returncode or archive is None:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"`apt-get download {package}` failed ({reason}); run `apt-get update` as root and try again.")
+        raise RuntimeError(
+            f"`apt-get download {package}` failed ({reason}); run `apt-get update` as root and try again."
+        )
     return archive
 
 
 # Text: hard-wrapped lines → paragraphs → documents
 
-PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-", "…": "...", "\u00a0": " ", "\ufeff": None})
+PLAIN = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-", "…": "...", "\u00a0": " ", "\ufeff": None}
+)
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Unwraps hard-wrapped text. Short lines that are all indented deeper than the text around them are verse and stay lines."""
+    """Unwraps hard-wrapped text. Short lines that are all indented deeper than their surroundings are verse and stay."""
     text = text.replace("\r\n", "\n").translate(PLAIN)
     for block in re.split(r"\n[ \t]*\n", text):
         lines = [line.rstrip() for line in block.split("\n") if line.strip()]
@@ -136,7 +141,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 def is_prose(words: str) -> bool:
     """Whether a paragraph is language: no table, drawing, code, rule or editor's bracket."""
-    if not words or words.startswith("[") and words.endswith("]"):
+    if not words or (words.startswith("[") and words.endswith("]")):
         return False
     letters = sum(character.isalpha() or character in " \n" for character in words)
     heading = len(words) <= 24
@@ -251,7 +256,7 @@ def sword_chapters(module: Path) -> Iterator[tuple[str, str]]:
 
 
 def osis_chapters(book: str) -> Iterator[tuple[str, str]]:
-    """Chapters named after their OSIS id, so that two translations share the names; verse numbers and notes are dropped."""
+    """Chapters named after their OSIS id; verse numbers and notes are dropped."""
     parts = re.split(r'<chapter [^>]*sID="([^"]+)"/>', book)
     # A preface may share the block of the first book: the last title before the first chapter is the book's.
     titles = re.findall(r'<milestone n="([^"]+)" type="x-usfm-h"/>', parts[0])
@@ -264,7 +269,9 @@ def osis_chapters(book: str) -> Iterator[tuple[str, str]]:
 
 
 def osis_text(markup: str) -> str:
-    markup = re.sub(r"</note>(?=(?:<[^>]*>)*\w)", "</note> ", markup)  # a note may hold the only space between two words
+    markup = re.sub(
+        r"</note>(?=(?:<[^>]*>)*\w)", "</note> ", markup
+    )  # a note may hold the only space between two words
     markup = re.sub(r"<(note|title)\b[^>]*>.*?</\1>", "", markup, flags=re.DOTALL).replace("\n", " ")
     markup = re.sub(r'<div [^>]*sID=[^>]*type="x-p"[^>]*/>|<lg [^>]*sID=[^>]*>|¶', "\n\n", markup)
     markup = re.sub(r"<l [^>]*sID=[^>]*>", "\n", markup)
@@ -274,7 +281,11 @@ def osis_text(markup: str) -> str:
 
 
 def read_jargon(root: Path) -> Iterator[tuple[str, str]]:
-    text = gzip.decompress((root / "usr/share/doc/jargon-text/jargon.txt.gz").read_bytes()).decode("utf-8").translate(PLAIN)
+    text = (
+        gzip.decompress((root / "usr/share/doc/jargon-text/jargon.txt.gz").read_bytes())
+        .decode("utf-8")
+        .translate(PLAIN)
+    )
     text = text[text.index("\nChapter 1. Hacker Slang and") : text.rindex("\nBibliography")]
     # The lists of head words before the lexicon and before each letter begin with a line that holds that letter alone.
     text = re.sub(r"^ {2,3}[A-Z0-9]\n.*?(?=^ {3}:|^Appendix)", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -295,10 +306,23 @@ GUTENBERG = "public domain (copyright expired; text of Project Gutenberg)"
 SOURCES = (
     Source("Jane Austen, six novels", "r-cran-janeaustenr", f"{GUTENBERG}; package: MIT", "austen", read_austen),
     Source("Moby Dick", "r-cran-tokenizers", f"{GUTENBERG}; package: MIT", "moby", read_moby_dick),
-    Source("Wells, Verne, Dickens: three novels", "r-cran-tidytext", f"{GUTENBERG}; package: MIT", "wells", read_wells_verne_dickens),
-    Source("Sherlock Holmes, Tom Sawyer", "golang-github-pierrec-lz4-dev", f"{GUTENBERG}; package: BSD-3-clause", "holmes",
-           read_sherlock_and_sawyer),
-    Source("King James Bible", "sword-text-kjv", "public domain (outside the United Kingdom)", "bible", read_king_james),
+    Source(
+        "Wells, Verne, Dickens: three novels",
+        "r-cran-tidytext",
+        f"{GUTENBERG}; package: MIT",
+        "wells",
+        read_wells_verne_dickens,
+    ),
+    Source(
+        "Sherlock Holmes, Tom Sawyer",
+        "golang-github-pierrec-lz4-dev",
+        f"{GUTENBERG}; package: BSD-3-clause",
+        "holmes",
+        read_sherlock_and_sawyer,
+    ),
+    Source(
+        "King James Bible", "sword-text-kjv", "public domain (outside the United Kingdom)", "bible", read_king_james
+    ),
     Source("Jargon File 4.4.7", "jargon-text", "public domain", "jargon", read_jargon),
     Source("The Devil's Dictionary", "dict-devil", "public domain (copyright expired)", "devil", read_devil),
 )

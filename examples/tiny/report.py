@@ -94,8 +94,8 @@ print(model.generate("It was a dark evening when", max_new_tokens=60))
 
 ## Corpus
 
-{megabytes:.1f} MB of text from Debian packages; about 3% more, whole chapters chosen by the hash of their name, are held
-out ({held_out_kilobytes:.0f} kB).
+{megabytes:.1f} MB of text from Debian packages; about 3% more, whole chapters chosen by the hash of their name, are
+held out ({held_out_kilobytes:.0f} kB).
 
 | source | training text | licence as stated |
 | --- | --- | --- |

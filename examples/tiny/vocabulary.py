@@ -1,16 +1,17 @@
-"""A SentencePiece vocabulary as the Gemma report describes it: digits split, white space kept, bytes for unknown characters.
+"""A SentencePiece vocabulary as in the Gemma report: digits split, white space kept, bytes for unknown characters.
 
-    proto = train_vocabulary(document.text for document in corpus.train)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+proto = train_vocabulary(document.text for document in corpus.train)
+processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import sentencepiece
 
-# In this order they get the ids 4, 5, ... Newlines are pieces of their own, so that no word is learnt twice, once with a
-# line break glued to it.
+# In this order they get the ids 4, 5, ... Newlines are pieces of their own, so that no word is learnt twice, once with
+# a line break glued to it.
 USER_DEFINED = ["<mask>", "<start_of_turn>", "<end_of_turn>", "\n", "\n\n"]
 LONGEST_LINE_BYTES = 1 << 20
 
@@ -57,6 +58,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
             if len(line.encode("utf-8")) > LONGEST_LINE_BYTES:
-                raise ValueError(f"A line must have at most {LONGEST_LINE_BYTES} bytes, received {len(line.encode('utf-8'))}.")
+                raise ValueError(
+                    f"A line must have at most {LONGEST_LINE_BYTES} bytes, received {len(line.encode('utf-8'))}."
+                )
             if line:
                 yield line

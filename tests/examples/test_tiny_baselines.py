@@ -7,8 +7,10 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from tiny.baselines import KneserNey, kneser_ney_bits_per_byte, xz_bits_per_byte  # noqa: E402
-from tiny.vocabulary import train_vocabulary  # noqa: E402
+from tiny.baselines import KneserNey
+from tiny.baselines import kneser_ney_bits_per_byte
+from tiny.baselines import xz_bits_per_byte
+from tiny.vocabulary import train_vocabulary
 
 BOS, EOS = 2, 1
 
@@ -79,14 +81,33 @@ def test_xz_finds_the_held_out_text_in_the_training_text():
 
 @pytest.fixture(scope="module")
 def small_vocabulary():
-    text = "".join(f"It was the {word} of times, and the {word} was not {n}.\n\n" for n, word in enumerate(["best", "worst", "age"] * 40))
+    text = "".join(
+        f"It was the {word} of times, and the {word} was not {n}.\n\n"
+        for n, word in enumerate(["best", "worst", "age"] * 40)
+    )
     return [text], train_vocabulary([text], size=330)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "It was the best of times.", "\n", "\n\n", "\n\n\n", "a\tb", " leading", "trailing ", "a    b", "\r\n", "   ", "naïve café",
-     "日本語", "🙂👩‍👩‍👧", "1984", "<start_of_turn>user\nHi<end_of_turn>\n"],
+    [
+        "",
+        "It was the best of times.",
+        "\n",
+        "\n\n",
+        "\n\n\n",
+        "a\tb",
+        " leading",
+        "trailing ",
+        "a    b",
+        "\r\n",
+        "   ",
+        "naïve café",
+        "日本語",
+        "🙂👩‍👩‍👧",
+        "1984",
+        "<start_of_turn>user\nHi<end_of_turn>\n",
+    ],
 )
 def test_vocabulary_round_trip(small_vocabulary, text):
     processor = sentencepiece.SentencePieceProcessor(model_proto=small_vocabulary[1])
