@@ -47,12 +47,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Source:
-    """A Debian package and how to read it. Sources with the same `split_group` are split together."""
+    """A Debian package and how to read it."""
 
     name: str
     package: str
     licence: str
-    split_group: str
     read: Callable[[Path], Iterator[tuple[str, str]]]
 
 
@@ -62,12 +61,10 @@ def load_corpus(cache_dir: str | Path = DEFAULT_CACHE) -> Corpus:
     Raises:
         RuntimeError: a package can neither be found in the cache nor downloaded.
     """
-    train, held_out, groups = [], [], {}
+    train, held_out = [], []
     for source in SOURCES:
         root = fetch_package(source.package, Path(cache_dir).expanduser())
         documents = [Document(source.name, source.licence, name, text) for name, text in source.read(root)]
-        groups.setdefault(source.split_group, []).extend(documents)
-    for documents in groups.values():
         chosen = held_out_names(documents)
         train += [document for document in documents if document.name not in chosen]
         held_out += [document for document in documents if document.name in chosen]
@@ -127,7 +124,7 @@ PLAIN = str.maketrans(
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Unwraps hard-wrapped text. Short lines that are all indented deeper than their surroundings are verse and stay."""
+    """Unwraps hard-wrapped text. Short lines that are all indented deeper than their surroundings are verse."""
     text = text.replace("\r\n", "\n").translate(PLAIN)
     for block in re.split(r"\n[ \t]*\n", text):
         lines = [line.rstrip() for line in block.split("\n") if line.strip()]
@@ -304,25 +301,21 @@ def read_devil(root: Path) -> Iterator[tuple[str, str]]:
 GUTENBERG = "public domain (copyright expired; text of Project Gutenberg)"
 
 SOURCES = (
-    Source("Jane Austen, six novels", "r-cran-janeaustenr", f"{GUTENBERG}; package: MIT", "austen", read_austen),
-    Source("Moby Dick", "r-cran-tokenizers", f"{GUTENBERG}; package: MIT", "moby", read_moby_dick),
+    Source("Jane Austen, six novels", "r-cran-janeaustenr", f"{GUTENBERG}; package: MIT", read_austen),
+    Source("Moby Dick", "r-cran-tokenizers", f"{GUTENBERG}; package: MIT", read_moby_dick),
     Source(
         "Wells, Verne, Dickens: three novels",
         "r-cran-tidytext",
         f"{GUTENBERG}; package: MIT",
-        "wells",
         read_wells_verne_dickens,
     ),
     Source(
         "Sherlock Holmes, Tom Sawyer",
         "golang-github-pierrec-lz4-dev",
         f"{GUTENBERG}; package: BSD-3-clause",
-        "holmes",
         read_sherlock_and_sawyer,
     ),
-    Source(
-        "King James Bible", "sword-text-kjv", "public domain (outside the United Kingdom)", "bible", read_king_james
-    ),
-    Source("Jargon File 4.4.7", "jargon-text", "public domain", "jargon", read_jargon),
-    Source("The Devil's Dictionary", "dict-devil", "public domain (copyright expired)", "devil", read_devil),
+    Source("King James Bible", "sword-text-kjv", "public domain (outside the United Kingdom)", read_king_james),
+    Source("Jargon File 4.4.7", "jargon-text", "public domain", read_jargon),
+    Source("The Devil's Dictionary", "dict-devil", "public domain (copyright expired)", read_devil),
 )
