@@ -22,7 +22,8 @@ class GemmaAttention(keras.layers.Layer):
     """
 
     def __init__(self, num_query_heads, num_key_value_heads, head_dim, dropout=0.0, **kwargs):
-        super().__init__(**kwargs)
+        # Autocast would round the float32 sines and cosines; the layers within cast what they are given.
+        super().__init__(autocast=False, **kwargs)
         if num_query_heads % num_key_value_heads:
             raise ValueError(
                 "`num_key_value_heads` must divide `num_query_heads`. "

@@ -36,7 +36,8 @@ class GemmaDecoderBlock(keras.layers.Layer):
         dropout=0.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Autocast would round the float32 sines and cosines; the layers within cast what they are given.
+        super().__init__(autocast=False, **kwargs)
         if intermediate_dim % 2:
             raise ValueError(
                 "`intermediate_dim` counts both branches of the GeGLU and must be even. "

@@ -125,3 +125,19 @@ def test_only_the_weights_of_the_policy_bfloat16_are_bfloat16():
     }  # fmt: skip
     assert {weight.dtype for weight in GemmaBackbone(**shape, dtype="bfloat16").weights} == {"bfloat16"}
     assert {weight.dtype for weight in GemmaBackbone(**shape, dtype="mixed_bfloat16").weights} == {"float32"}
+
+
+@pytest.mark.parametrize("policy", BFLOAT16_POLICIES)
+def test_sines_and_cosines_reach_the_rotation_in_float32(policy, monkeypatch):
+    received = []
+
+    def recording_rotate(x, sine, cosine):
+        received.extend(keras.backend.standardize_dtype(angle.dtype) for angle in (sine, cosine))
+        return rotate(x, sine, cosine)
+
+    monkeypatch.setattr("keras_gemma.models.attention.rotate", recording_rotate)
+    backbone = GemmaBackbone(32, 1, 2, 1, 16, 32, 8, dtype=policy)
+    ones = np.ones((1, 4), "int32")
+    received.clear()
+    backbone({"token_ids": ones, "padding_mask": ones})
+    assert set(received) == {"float32"}
