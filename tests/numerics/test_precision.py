@@ -115,7 +115,7 @@ def test_bfloat16_stays_near_float32_on_the_rounded_weights(policy, shape):
     inputs = batch(shape["vocabulary_size"])
     expected, real = logits(exact, inputs), inputs["padding_mask"].astype(bool)
     error = np.sqrt(np.mean((logits(low, inputs) - expected)[real] ** 2)) / np.std(expected[real])
-    assert error < 0.03
+    assert error < 0.04
 
 
 def test_only_the_weights_of_the_policy_bfloat16_are_bfloat16():
