@@ -235,7 +235,8 @@ def take(part, rows):
     if part is None:
         return None
     if isinstance(part, dict):
-        return {name: take(value, rows) for name, value in part.items()}
+        # A field that is None is as good as missing, and tf.data carries no None.
+        return {name: take(value, rows) for name, value in part.items() if value is not None}
     if isinstance(part, (list, tuple)):
         return [part[row] for row in rows]
     return part[np.asarray(rows)]

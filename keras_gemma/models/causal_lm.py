@@ -75,6 +75,15 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs
         )
 
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return {**config, "sampler": keras_hub.samplers.serialize(self.sampler)} if config else config
+
+    def compile_from_config(self, config):
+        # Keras skips this for a class with its own `compile`; ours takes what `get_compile_config` gives.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def fit(
         self,
         x=None,
@@ -343,12 +352,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         Returns:
             Float32 logits `[B, T, V]`, final hidden states `[B, T, D]`, and the new cache.
         """
-        network = generation.LayerNetwork(self.backbone)
         token_ids = ops.convert_to_tensor(token_ids, "int32")
-        hidden_states, cache = generation.update_cache(
-            network, network.weights(), token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32")
-        )
-        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
+        return self._engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
 
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
