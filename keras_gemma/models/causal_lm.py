@@ -353,7 +353,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             Float32 logits `[B, T, V]`, final hidden states `[B, T, D]`, and the new cache.
         """
         token_ids = ops.convert_to_tensor(token_ids, "int32")
-        return self._engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
+        network = generation.LayerNetwork(self.backbone)
+        hidden_states, cache = generation.update_cache(
+            network, network.weights(), token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32")
+        )
+        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
 
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
