@@ -1,5 +1,6 @@
 import keras
 import keras_hub
+import numpy as np
 
 from keras_gemma import checkpoints
 from keras_gemma.models.backbone import GemmaBackbone
@@ -44,16 +45,48 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         # There is nothing to build, and `quantize` of a whole model refuses layers that are not.
         self.built = True
 
+    # Graphs call back into Python, as in the preprocessor. TensorFlow Text would be slow to start, and its tokenizer
+    # is gone as soon as `keras.utils.set_random_seed` clears TensorFlow's caches.
+
     def _set_proto_tf(self, proto):
-        """Nothing yet: TensorFlow Text is slow to start and logs, and only TensorFlow graphs need it."""
+        """Nothing: `_tokenize_tf` and `_detokenize_tf` use the Python tokenizer."""
 
-    def _maybe_initialized_tf(self):
-        if getattr(self, "_sentence_piece", None) is None:
-            import tensorflow as tf
+    def _tokenize_tf(self, inputs):
+        import tensorflow as tf
 
-            # Its resource must live outside the graph that is the first to use it.
-            with tf.init_scope():
-                super()._set_proto_tf(self.proto)
+        texts = tf.convert_to_tensor(inputs)
+        dtype = tf.as_dtype(self.compute_dtype)
+
+        @tf.autograph.experimental.do_not_convert
+        def tokenized(texts):
+            rows = [list(row) for row in self._tokenize_spm(list(texts))]
+            ids = [token for row in rows for token in row]
+            return np.array(ids, dtype.as_numpy_dtype), np.array([len(row) for row in rows], "int64")
+
+        ids, lengths = tf.numpy_function(tokenized, [tf.reshape(texts, [-1])], [dtype, tf.int64])
+        ids.set_shape([None])
+        lengths.set_shape([None])
+        if texts.shape.rank == 0:
+            return tf.ensure_shape(ids, [self.sequence_length])
+        if self.sequence_length:
+            return tf.ensure_shape(tf.reshape(ids, [-1, self.sequence_length]), [*texts.shape, self.sequence_length])
+        return tf.RaggedTensor.from_row_lengths(ids, lengths)
+
+    def _detokenize_tf(self, inputs):
+        import tensorflow as tf
+
+        @tf.autograph.experimental.do_not_convert
+        def detokenized(ids, lengths):
+            rows = np.split(ids, np.cumsum(lengths)[:-1])
+            return np.array([self._detokenize_spm(row.tolist()).encode() for row in rows], object)
+
+        rows = inputs if isinstance(inputs, tf.RaggedTensor) else tf.convert_to_tensor(inputs)
+        batched = rows.shape.rank == 2
+        if not isinstance(rows, tf.RaggedTensor):
+            rows = tf.RaggedTensor.from_tensor(rows if batched else rows[None])
+        texts = tf.numpy_function(detokenized, [rows.values, rows.row_lengths()], tf.string)
+        texts.set_shape([None])
+        return texts if batched else texts[0]
 
     @property
     def unk_token_id(self):

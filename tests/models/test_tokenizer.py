@@ -141,6 +141,33 @@ def test_tf_data_gives_the_dense_ids_of_python(vocabulary):
     np.testing.assert_array_equal(rows, keras.ops.convert_to_numpy(dense(texts)))
 
 
+@pytest.mark.multi_backend
+def test_tf_data_tokenizes_one_string_at_a_time(vocabulary, tokenizer):
+    ds = tf.data.Dataset.from_tensor_slices(["the License", ""])
+    assert [row.tolist() for row in ds.map(tokenizer).as_numpy_iterator()] == [tokenizer.encode("the License"), []]
+    dense = ds.map(GemmaTokenizer(proto=vocabulary, sequence_length=5))
+    assert dense.element_spec.shape == (5,)
+    assert [row.shape for row in dense] == [(5,), (5,)]
+
+
+@pytest.mark.multi_backend
+def test_tf_data_detokenizes(tokenizer):
+    texts = ["the License 🙂", "12"]
+    ragged = tf.data.Dataset.from_tensor_slices(texts).batch(2).map(tokenizer)
+    assert [text.decode() for text in next(ragged.map(tokenizer.detokenize).as_numpy_iterator())] == texts
+    dense = tf.data.Dataset.from_tensors([tokenizer.encode("1 2")])
+    assert next(dense.map(tokenizer.detokenize).as_numpy_iterator()) == [b"1 2"]
+    row = tf.data.Dataset.from_tensors(tokenizer.encode("1 2"))
+    assert next(row.map(tokenizer.detokenize).as_numpy_iterator()) == b"1 2"
+
+
+def test_tf_data_tokenizes_after_a_seed_was_set(tokenizer):
+    # TensorFlow drops the resources of TensorFlow Text then.
+    ds = tf.data.Dataset.from_tensor_slices(["12"]).map(tokenizer)
+    keras.utils.set_random_seed(0)
+    assert next(ds.as_numpy_iterator()).tolist() == tokenizer.encode("12")
+
+
 @pytest.mark.parametrize("missing", ["bos", "eos", "pad"])
 def test_a_vocabulary_without_a_special_token_is_refused_by_its_name(missing):
     ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"}  # fmt: skip
