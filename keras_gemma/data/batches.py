@@ -1,8 +1,8 @@
 """What users hand to `fit`, as batches that have been through a preprocessing function.
 
-    Python or NumPy examples ─────┐
-    Grain, PyDataset, tf.data ────┼→ preprocess → (x, y, sample_weight)
-    generator, torch DataLoader ──┘
+Python or NumPy examples ─────┐
+Grain, PyDataset, tf.data ────┼→ preprocess → (x, y, sample_weight)
+generator, torch DataLoader ──┘
 """
 
 import collections.abc
@@ -143,10 +143,7 @@ class ExampleBatches(keras.utils.PyDataset):
         super().__init__()
         counts = {count_examples(part) for part in (x, y, sample_weight) if part is not None}
         if len(counts) != 1:
-            raise ValueError(
-                "`x`, `y` and `sample_weight` need as many examples each. "
-                f"Received: {sorted(counts)}"
-            )
+            raise ValueError(f"`x`, `y` and `sample_weight` need as many examples each. Received: {sorted(counts)}")
         self._parts = (x, y, sample_weight)
         if counts == {0}:
             raise ValueError("At least one example is needed. Received none.")
@@ -222,8 +219,7 @@ def count_examples(part):
         return next(iter(counts.values()))
     if isinstance(part, (str, bytes)) or not _has_length(part):
         raise ValueError(
-            "A list or array of examples is expected; wrap a single example in a list. "
-            f"Received: {part!r}"
+            f"A list or array of examples is expected; wrap a single example in a list. Received: {part!r}"
         )
     if isinstance(part, list) and part and isinstance(part[0], dict) and "role" in part[0]:
         raise ValueError("A list of dialogues is expected. Received a single dialogue: wrap it in a list.")
@@ -250,5 +246,5 @@ def _refuse_beside_batches(x, **beside):
     given = [name for name, value in beside.items() if value is not None]
     if given:
         raise ValueError(
-            f"A {type(x).__name__} yields whole batches, so {', '.join(f'`{name}`' for name in given)} must be left out."
+            f"A {type(x).__name__} yields whole batches: leave out {', '.join(f'`{name}`' for name in given)}."
         )

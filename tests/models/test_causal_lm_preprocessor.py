@@ -40,7 +40,12 @@ def test_a_string_stands_between_bos_and_eos(tokenizer, make_preprocessor):
     np.testing.assert_array_equal(x["padding_mask"][0], np.arange(12) < n)
     np.testing.assert_array_equal(y[0], (ids[1:] + [PAD] * 12)[:12])
     np.testing.assert_array_equal(weights[0], np.arange(12) < n - 1)
-    assert (x["token_ids"].dtype, x["padding_mask"].dtype, y.dtype, weights.dtype) == ("int32", "bool", "int32", "float32")
+    assert (x["token_ids"].dtype, x["padding_mask"].dtype, y.dtype, weights.dtype) == (
+        "int32",
+        "bool",
+        "int32",
+        "float32",
+    )
 
 
 def test_truncated_text_gets_no_eos(tokenizer, make_preprocessor):

@@ -124,7 +124,9 @@ def test_pairs_train_in_every_form(model, perplexities):
     for form in (PAIRS, arrays, rows):
         history = model.fit(form, batch_size=BATCH, verbose=0).history
         assert history["perplexity"] == pytest.approx([perplexities["pairs"]], rel=1e-4)
-    assert model.fit(tf_data(PAIRS), verbose=0).history["perplexity"] == pytest.approx([perplexities["pairs"]], rel=1e-4)
+    assert model.fit(tf_data(PAIRS), verbose=0).history["perplexity"] == pytest.approx(
+        [perplexities["pairs"]], rel=1e-4
+    )
 
 
 def test_dialogues_train_in_every_form(model, perplexities):

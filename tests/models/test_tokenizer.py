@@ -77,8 +77,27 @@ def test_text_comes_back_exactly(tokenizer, text):
 
 def random_text(seed):
     rng = random.Random(seed)
-    alphabet = [" ", " ", "\n", "\t", "\r\n", "7", "a", "the ", "License", "é", "e\u0301", "漢", "🙂", "\u00a0", "<", "0x41>"]
-    alphabet += [chr(rng.choice([rng.randrange(1, 0x2581), rng.randrange(0x2582, 0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(8)]  # fmt: skip
+    alphabet = [
+        " ",
+        " ",
+        "\n",
+        "\t",
+        "\r\n",
+        "7",
+        "a",
+        "the ",
+        "License",
+        "é",
+        "e\u0301",
+        "漢",
+        "🙂",
+        "\u00a0",
+        "<",
+        "0x41>",
+    ]
+    # Every plane, without surrogates and without U+2581, which stands for the space inside SentencePiece.
+    ranges = [(1, 0x2581), (0x2582, 0xD800), (0xE000, 0x110000)]
+    alphabet += [chr(rng.randrange(*rng.choice(ranges))) for _ in range(8)]
     return "".join(rng.choices(alphabet, k=rng.randrange(60)))
 
 
@@ -170,10 +189,9 @@ def test_tf_data_tokenizes_after_a_seed_was_set(tokenizer):
 
 @pytest.mark.parametrize("missing", ["bos", "eos", "pad"])
 def test_a_vocabulary_without_a_special_token_is_refused_by_its_name(missing):
-    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"}  # fmt: skip
-    ids[f"{missing}_piece"] = "<other>"
+    pieces = {"pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>", f"{missing}_piece": "<other>"}
     with pytest.raises(ValueError, match=f"<{missing}>"):
-        GemmaTokenizer(proto=train(**ids))
+        GemmaTokenizer(proto=train(pad_id=0, eos_id=1, bos_id=2, unk_id=3, **pieces))
 
 
 def test_a_vocabulary_without_turn_markers_refuses_chat_only():

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
 from tests.numerics.references import batch
 from tests.numerics.references import gradients
 from tests.numerics.references import logits

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from tests.numerics.references import as_transformers
 from tests.numerics.references import batch
 from tests.numerics.references import gradients

@@ -5,10 +5,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
-from tests.numerics.references import batch
-from tests.numerics.references import logits
-from tests.numerics.references import ours
-from tests.numerics.references import to_numpy
 
 from keras_gemma import kernels
 from keras_gemma.models.backbone import EmbeddingScale
@@ -16,6 +12,10 @@ from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.rms_normalization import RMSNormalization
 from keras_gemma.models.rotary_embedding import RotaryEmbedding
 from keras_gemma.models.rotary_embedding import rotate
+from tests.numerics.references import batch
+from tests.numerics.references import logits
+from tests.numerics.references import ours
+from tests.numerics.references import to_numpy
 
 BFLOAT16_POLICIES = ["bfloat16", "mixed_bfloat16"]
 POLICIES = ["float32", *BFLOAT16_POLICIES]
@@ -62,7 +62,9 @@ def test_scale_zero_leaves_a_row_at_unit_mean_square():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_positions_8190_and_8191_are_told_apart(policy):
     positions = np.array([[8190, 8191, 8192]])
-    sine, cosine = RotaryEmbedding(64, dtype=policy)(ops.zeros((1, 3), "int32"), positions=ops.convert_to_tensor(positions))
+    sine, cosine = RotaryEmbedding(64, dtype=policy)(
+        ops.zeros((1, 3), "int32"), positions=ops.convert_to_tensor(positions)
+    )
     angles = positions[..., None] / 10_000.0 ** (np.arange(0, 64, 2) / 64)
     assert keras.backend.standardize_dtype(sine.dtype) == keras.backend.standardize_dtype(cosine.dtype) == "float32"
     np.testing.assert_allclose(to_numpy(sine), np.sin(angles), atol=1e-3)
