@@ -20,6 +20,11 @@ from tests.numerics.references import to_numpy
 BFLOAT16_POLICIES = ["bfloat16", "mixed_bfloat16"]
 POLICIES = ["float32", *BFLOAT16_POLICIES]
 
+SHAPE = {
+    "vocabulary_size": 200, "num_layers": 2, "num_query_heads": 4, "num_key_value_heads": 1,
+    "hidden_dim": 32, "intermediate_dim": 128, "head_dim": 8,
+}  # fmt: skip
+
 pytestmark = pytest.mark.multi_backend
 
 
@@ -97,9 +102,9 @@ def test_attention_scores_of_bfloat16_are_float32():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_logits_are_float32_under_every_policy(policy, shape):
-    model = ours(shape, dtype=policy)
-    inputs = batch(shape["vocabulary_size"])
+def test_logits_are_float32_under_every_policy(policy):
+    model = ours(SHAPE, dtype=policy)
+    inputs = batch(SHAPE["vocabulary_size"])
     assert keras.backend.standardize_dtype(model.output.dtype) == "float32"
     received = model({name: ops.convert_to_tensor(value) for name, value in inputs.items()})
     assert keras.backend.standardize_dtype(received.dtype) == "float32"
@@ -110,11 +115,11 @@ def test_logits_are_float32_under_every_policy(policy, shape):
 
 
 @pytest.mark.parametrize("policy", BFLOAT16_POLICIES)
-def test_bfloat16_stays_near_float32_on_the_rounded_weights(policy, shape):
-    low, exact = ours(shape, dtype=policy), ours(shape, dtype="float32")
+def test_bfloat16_stays_near_float32_on_the_rounded_weights(policy):
+    low, exact = ours(SHAPE, dtype=policy), ours(SHAPE, dtype="float32")
     for weight, rounded in zip(exact.backbone.weights, low.backbone.weights):
         weight.assign(to_numpy(ops.cast(rounded.value, "bfloat16")))
-    inputs = batch(shape["vocabulary_size"])
+    inputs = batch(SHAPE["vocabulary_size"])
     expected, real = logits(exact, inputs), inputs["padding_mask"].astype(bool)
     error = np.sqrt(np.mean((logits(low, inputs) - expected)[real] ** 2)) / np.std(expected[real])
     assert error < 0.04
