@@ -5,7 +5,8 @@ from keras import ops
 
 from keras_gemma import checkpoints
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
-from keras_gemma.models.optional_inputs import with_optional_inputs
+from keras_gemma.models.packed_inputs import is_packed
+from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.reversible_embedding import ReversibleEmbedding
 from keras_gemma.models.rms_normalization import RMSNormalization
@@ -156,21 +157,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
-        segment_ids = keras.Input((None,), dtype="int32", name="segment_ids", optional=True)
-        positions = keras.Input((None,), dtype="int32", name="positions", optional=True)
-        sine, cosine = self.rotary_embedding(token_ids, positions=positions)
-        segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
-        x = self.embedding_scale(self.token_embedding(token_ids))
-        for block in self.transformer_layers:
-            x = block(x, sine, cosine, segments)
         super().__init__(
-            inputs={
-                "token_ids": token_ids,
-                "padding_mask": padding_mask,
-                "segment_ids": segment_ids,
-                "positions": positions,
-            },
-            outputs=self.layer_norm(x),
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self._hidden_states(token_ids, padding_mask),
             dtype=dtype,
             **kwargs,
         )
@@ -186,13 +175,31 @@ class GemmaBackbone(keras_hub.models.Backbone):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.dropout = dropout
         self.sliding_window_size = sliding_window_size
+        for name, value in GEMMA_1_ONLY.items():
+            setattr(self, name, value)
+
+    def _hidden_states(self, token_ids, padding_mask, segment_ids=None, positions=None, training=None):
+        sine, cosine = self.rotary_embedding(token_ids, positions=positions)
+        segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
+        x = self.embedding_scale(self.token_embedding(token_ids))
+        for block in self.transformer_layers:
+            x = block(x, sine, cosine, segments, training=training)
+        return self.layer_norm(x)
 
     def __call__(self, inputs, *args, **kwargs):
-        return super().__call__(with_optional_inputs(inputs), *args, **kwargs)
+        return super().__call__(without_absent(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
-        # Not only through `__call__`: `stateless_call`, and so `fit` on JAX, comes here directly.
-        return super().call(with_optional_inputs(inputs), training=training, mask=mask)
+        # `stateless_call`, and so `fit` on JAX, comes here without passing `__call__`.
+        inputs = without_absent(inputs)
+        if is_packed(inputs):
+            return self._hidden_states(**inputs, training=training)
+        return super().call(inputs, training=training, mask=mask)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        if is_packed(inputs):
+            return keras.KerasTensor((*inputs["token_ids"].shape, self.hidden_dim), self.compute_dtype)
+        return super().compute_output_spec(without_absent(inputs), training=training, mask=mask)
 
     @staticmethod
     def get_layout_map(

@@ -10,7 +10,8 @@ from keras_gemma import generation
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
-from keras_gemma.models.optional_inputs import with_optional_inputs
+from keras_gemma.models.packed_inputs import is_packed
+from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
 
 
@@ -44,10 +45,18 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         super().__init__(inputs=inputs, outputs=logits, **kwargs)
 
     def __call__(self, inputs, *args, **kwargs):
-        return super().__call__(with_optional_inputs(inputs), *args, **kwargs)
+        return super().__call__(without_absent(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
-        return super().call(with_optional_inputs(inputs), training=training, mask=mask)
+        inputs = without_absent(inputs)
+        if is_packed(inputs):
+            return self.backbone.token_embedding(self.backbone(inputs, training=training), reverse=True)
+        return super().call(inputs, training=training, mask=mask)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        if is_packed(inputs):
+            return keras.KerasTensor((*inputs["token_ids"].shape, self.backbone.vocabulary_size), "float32")
+        return super().compute_output_spec(without_absent(inputs), training=training, mask=mask)
 
     # === Training ===
 
@@ -353,11 +362,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             Float32 logits `[B, T, V]`, final hidden states `[B, T, D]`, and the new cache.
         """
         token_ids = ops.convert_to_tensor(token_ids, "int32")
-        network = generation.LayerNetwork(self.backbone)
-        hidden_states, cache = generation.update_cache(
-            network, network.weights(), token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32")
-        )
-        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
+        return self._engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
 
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
