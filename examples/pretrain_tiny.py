@@ -14,6 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import argparse
+import functools
 import json
 import math
 from pathlib import Path
@@ -78,10 +79,14 @@ class StreamBatches(keras.utils.PyDataset):
 
     def _row(self, number):
         number_of_pass, row = divmod(number, self.rows_per_pass)
-        random = np.random.default_rng([SEED, number_of_pass])
-        offset, order = random.integers(CONTEXT), random.permutation(self.rows_per_pass)
+        offset, order = self._cut(number_of_pass)
         start = offset + order[row] * CONTEXT
         return self.stream[start : start + CONTEXT + 1]
+
+    @functools.cache  # noqa: B019 (the data set lives as long as the run)
+    def _cut(self, number_of_pass):
+        random = np.random.default_rng([SEED, number_of_pass])
+        return random.integers(CONTEXT), random.permutation(self.rows_per_pass)
 
 
 def batch_of(rows):
@@ -139,6 +144,7 @@ def train(model, stream, validation, work):
         epochs=STEPS // STEPS_BETWEEN_REPORTS,
         validation_data=validation,
         validation_freq=4,
+        shuffle=False,
         callbacks=[
             keras.callbacks.BackupAndRestore(work / "backup", delete_checkpoint=False),
             keras.callbacks.CSVLogger(log, append=True),

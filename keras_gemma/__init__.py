@@ -1,5 +1,6 @@
 """Gemma in Keras: from preset to text to fit."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from keras_gemma import startup
@@ -18,14 +19,12 @@ startup.default_to_jax()
 
 def __getattr__(name):
     # Keras takes seconds to import, and `keras-gemma --help` needs none of it.
-    if name not in __all__:
+    if name not in {*__all__, "models"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     startup.import_keras_hub_quietly()
-    from keras_gemma import models
-
-    globals()[name] = getattr(models, name)
-    return globals()[name]
+    models = importlib.import_module("keras_gemma.models")
+    return models if name == "models" else getattr(models, name)
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "models"})

@@ -78,3 +78,8 @@ class TestPublicNames:
     def test_an_unknown_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="no attribute 'Gemini'"):
             keras_gemma.Gemini  # noqa: B018
+
+
+def test_the_classes_are_found_under_models_as_in_keras_hub(tmp_path):
+    code = "import keras_gemma; print(keras_gemma.models.GemmaCausalLM is keras_gemma.GemmaCausalLM)"
+    assert run(code, tmp_path).stdout == "True\n"

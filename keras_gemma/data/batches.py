@@ -19,7 +19,7 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
     """Applies `preprocess(x, y, sample_weight)` to every batch of `x`.
 
     Args:
-        x: examples as a list, an array, a dict or tuple of these; or batches as a `keras.utils.PyDataset`, a
+        x: examples as a list, an array, or a dict of these; or batches as a `keras.utils.PyDataset`, a
             `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator.
         y, sample_weight: as `x`, for examples only.
         batch_size: int, for examples only. 32 if `None`.
@@ -151,16 +151,20 @@ class ExampleBatches(keras.utils.PyDataset):
         self._batch_size = batch_size
         self._preprocess = preprocess
         self._shuffle = shuffle
-        self.on_epoch_end()
+        self._pass_is_over = True
 
     def __len__(self):
         return math.ceil(len(self._order) / self._batch_size)
 
     def __getitem__(self, index):
+        # Not at the end of Keras' epoch: with `steps_per_epoch` that falls into the middle of a pass.
+        if index == 0 and self._pass_is_over:
+            self._draw_order()
+        self._pass_is_over = index == len(self) - 1
         rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         return self._preprocess(*(take(part, rows) for part in self._parts))
 
-    def on_epoch_end(self):
+    def _draw_order(self):
         if self._shuffle:
             # The global generator is the one that `keras.utils.set_random_seed` seeds.
             np.random.shuffle(self._order)
@@ -211,7 +215,7 @@ class GrainBatches(keras.utils.PyDataset):
 
 
 def count_examples(part):
-    """Number of examples in a list, an array, or a dict or tuple of them."""
+    """Number of examples in a list, an array, or a dict of them."""
     if isinstance(part, dict):
         counts = {name: count_examples(value) for name, value in part.items() if value is not None}
         if len(set(counts.values())) != 1:
@@ -221,6 +225,8 @@ def count_examples(part):
         raise ValueError(
             f"A list or array of examples is expected; wrap a single example in a list. Received: {part!r}"
         )
+    if isinstance(part, tuple):
+        raise ValueError("A tuple could be examples or parts of them; pass a list of examples, or a dict of fields.")
     if isinstance(part, list) and part and isinstance(part[0], dict) and "role" in part[0]:
         raise ValueError("A list of dialogues is expected. Received a single dialogue: wrap it in a list.")
     return len(part)
@@ -233,9 +239,9 @@ def take(part, rows):
     if isinstance(part, dict):
         # A field that is None is as good as missing, and tf.data carries no None.
         return {name: take(value, rows) for name, value in part.items() if value is not None}
-    if isinstance(part, (list, tuple)):
+    if isinstance(part, list):
         return [part[row] for row in rows]
-    return part[np.asarray(rows)]
+    return np.asarray(part)[np.asarray(rows)]
 
 
 def _has_length(part):

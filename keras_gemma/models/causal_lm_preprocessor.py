@@ -1,4 +1,5 @@
 import sys
+import warnings
 from dataclasses import dataclass
 
 import keras
@@ -72,6 +73,12 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         token_ids, padding_mask = self._pad([row.ids for row in rows], length + 1)
         learned, _ = self._pad([row.learned for row in rows], length + 1, value=0)
         weights = learned[:, 1:].astype("float32")
+        if any(any(row.learned) and not any(row.learned[: length + 1]) for row in rows):
+            warnings.warn(
+                f"The prompts of some examples fill the `sequence_length` of {length} tokens and leave no room for "
+                "their response: they train nothing.",
+                stacklevel=2,
+            )
         if sample_weight is not None:
             weights *= np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
         features = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask[:, :-1]}
@@ -79,25 +86,21 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
 
     def _call_in_tf_graph(self, x, sample_weight, length):
-        # The graph calls back into Python: one implementation, and no TensorFlow Text needed.
-        import tensorflow as tf
-
         leaves = keras.tree.flatten(x)
         example_weights = [] if sample_weight is None else [sample_weight]
 
-        @tf.autograph.experimental.do_not_convert
         def training_batch(*arrays):
             x_arrays = keras.tree.pack_sequence_as(x, arrays[: len(leaves)])
             weight_array = arrays[len(leaves)] if example_weights else None
             features, y, weights = self._training_batch(x_arrays, weight_array, length)
             return features["token_ids"], features["padding_mask"], y, weights
 
-        outputs = tf.numpy_function(
-            training_batch, leaves + example_weights, [tf.int32, tf.bool, tf.int32, tf.float32]
+        token_ids, padding_mask, y, weights = _call_python_from_tf_graph(
+            training_batch,
+            leaves + example_weights,
+            dtypes=["int32", "bool", "int32", "float32"],
+            shape=[*leaves[0].shape[:1], length],
         )
-        for output in outputs:
-            output.set_shape([*leaves[0].shape[:1], length])
-        token_ids, padding_mask, y, weights = outputs
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
     def row(self, example):
@@ -115,7 +118,8 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return Row(ids, learned) if self.add_start_token else Row(ids[1:], learned[1:])
 
     def _text_ids(self, text):
-        text = text.removeprefix(self.tokenizer.start_token)
+        while text.startswith(self.tokenizer.start_token):
+            text = text.removeprefix(self.tokenizer.start_token)
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         return start + self.tokenizer.encode(text)
 
@@ -154,6 +158,18 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ValueError: for a prompt that leaves no room.
         """
         length = sequence_length or self.sequence_length
+        if _in_tf_graph():
+            leaves = keras.tree.flatten(x)
+            token_ids, padding_mask = _call_python_from_tf_graph(
+                lambda *arrays: tuple(self._prompts(keras.tree.pack_sequence_as(x, arrays), length).values()),
+                leaves,
+                dtypes=["int32", "bool"],
+                shape=[*leaves[0].shape[:1], length],
+            )
+            return {"token_ids": token_ids, "padding_mask": padding_mask}
+        return self._prompts(x, length)
+
+    def _prompts(self, x, length):
         examples, batched = examples_of(x)
         rows = [self.prompt_ids(example) for example in examples]
         for row in rows:
@@ -164,8 +180,19 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def generate_postprocess(self, x):
         """Text of generated `token_ids` where `padding_mask` is set, without `<bos>`, `<eos>` and padding."""
-        token_ids = np.asarray(keras.ops.convert_to_numpy(x["token_ids"]))
-        mask = np.asarray(keras.ops.convert_to_numpy(x["padding_mask"])).astype(bool)
+        if _in_tf_graph():
+            (text,) = _call_python_from_tf_graph(
+                lambda token_ids, mask: (np.array(self._texts(token_ids, mask), dtype=object),),
+                [x["token_ids"], x["padding_mask"]],
+                dtypes=["string"],
+                shape=x["token_ids"].shape[:-1],
+            )
+            return text
+        return self._texts(x["token_ids"], x["padding_mask"])
+
+    def _texts(self, token_ids, mask):
+        token_ids = _as_numpy(token_ids)
+        mask = _as_numpy(mask).astype(bool)
         if token_ids.ndim == 1:
             return self.decode(token_ids[mask])
         return [self.decode(row[row_mask]) for row, row_mask in zip(token_ids, mask)]
@@ -278,6 +305,16 @@ def _text(value):
     if not isinstance(value, str):
         raise ValueError(f"Text is expected. Received: {value!r}")
     return value
+
+
+def _call_python_from_tf_graph(function, arguments, dtypes, shape):
+    # The graph calls back into Python: one implementation, and no TensorFlow Text needed.
+    import tensorflow as tf
+
+    outputs = tf.numpy_function(tf.autograph.experimental.do_not_convert(function), arguments, dtypes)
+    for output in outputs:
+        output.set_shape(shape)
+    return outputs
 
 
 def _in_tf_graph():

@@ -64,8 +64,24 @@ def test_a_shuffled_epoch_keeps_examples_and_their_weights_together():
         pairs = [pair for i in range(len(batches)) for pair in zip(batches[i][0], batches[i][2])]
         assert sorted(pairs) == list(zip(TEXTS, range(5)))
         orders.append(pairs)
-        batches.on_epoch_end()
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_an_epoch_that_ends_within_a_pass_keeps_its_order():
+    batches = of_examples(TEXTS, shuffle=True)
+    seen = [example for i in (0, 1) for example in batches[i][0]]
+    batches.on_epoch_end()
+    assert sorted(seen + batches[2][0]) == TEXTS
+
+
+def test_a_series_is_taken_by_place_and_not_by_label():
+    labelled = type("Series", (), {"__len__": lambda self: 2, "__array__": lambda self, *_, **__: np.array(["a", "b"])})
+    assert data.batches.take(labelled(), [1, 0]).tolist() == ["b", "a"]
+
+
+def test_a_tuple_is_not_a_list_of_examples():
+    with pytest.raises(ValueError, match="pass a list"):
+        of_examples((["a"], ["b"]))
 
 
 def test_a_py_dataset_keeps_its_workers_and_its_epoch_hooks():

@@ -148,3 +148,15 @@ def test_a_mesh_of_eight_devices_trains_one_kv_head_as_one_device_does():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_head_upon_the_backbone_takes_the_inputs_of_keras_hub():
+    backbone = GemmaBackbone(50, 1, 2, 1, 16, 32, 8)
+    head = keras.Model(backbone.input, keras.layers.Dense(2)(backbone(backbone.input)[:, 0]))
+    ones = np.ones((2, 5), "int32")
+    assert tuple(head({"token_ids": ones, "padding_mask": ones}).shape) == (2, 2)
+
+
+def test_the_settings_that_only_later_gemmas_vary_can_be_read():
+    backbone = GemmaBackbone(50, 1, 2, 1, 16, 32, 8)
+    assert backbone.query_head_dim_normalize is True and backbone.final_logit_soft_cap is None

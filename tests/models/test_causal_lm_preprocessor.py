@@ -82,7 +82,10 @@ def test_start_and_end_tokens_can_be_left_out(tokenizer, make_preprocessor):
     assert bare.generate_preprocess(["Hi you"])["token_ids"][0].tolist() == (ids + [PAD] * 12)[:12]
     both = {"prompts": ["Hi "], "responses": ["you"]}
     assert rows_of(bare(both))[0][0].tolist() == (tokenizer.encode("Hi ") + tokenizer.encode("you") + [PAD] * 13)[:13]
-    for dialogue in (bare([DIALOGUE])[0], bare.generate_preprocess([DIALOGUE[:1]], sequence_length=20)):
+    for dialogue in (
+        bare([DIALOGUE], sequence_length=60)[0],
+        bare.generate_preprocess([DIALOGUE[:1]], sequence_length=20),
+    ):
         assert BOS not in dialogue["token_ids"]
 
 
@@ -101,8 +104,9 @@ def test_a_truncated_response_learns_what_is_left_of_it(tokenizer, make_preproce
     assert learned(tokenizer, batch) == ["45"]
 
 
-def test_a_prompt_that_fills_the_row_learns_nothing(make_preprocessor):
-    _, _, weights = make_preprocessor(sequence_length=3)({"prompts": ["12345"], "responses": ["6"]})
+def test_a_prompt_that_fills_the_row_learns_nothing_and_says_so(make_preprocessor):
+    with pytest.warns(UserWarning, match="leave no room"):
+        _, _, weights = make_preprocessor(sequence_length=3)({"prompts": ["12345"], "responses": ["6"]})
     assert weights.sum() == 0
 
 
@@ -315,3 +319,27 @@ def test_grain_carries_dialogues(make_preprocessor):
 def test_the_configuration_restores_the_preprocessor(tokenizer, make_preprocessor):
     config = make_preprocessor(sequence_length=9, add_end_token=False).get_config()
     assert (config["sequence_length"], config["add_start_token"], config["add_end_token"]) == (9, True, False)
+
+
+# === Prompts inside tf.data ===
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_prompts_and_texts_pass_through_tf_data_as_through_python(make_preprocessor, batched):
+    import tensorflow as tf
+
+    preprocessor, texts = make_preprocessor(sequence_length=12), ["12", "3 4"]
+    dataset = tf.data.Dataset.from_tensor_slices(texts)
+    dataset = (dataset.batch(2) if batched else dataset).map(preprocessor.generate_preprocess)
+    expected = preprocessor.generate_preprocess(texts if batched else texts[0])
+    first = next(dataset.as_numpy_iterator())
+    assert dataset.element_spec["token_ids"].shape[-1] == 12
+    for name, value in expected.items():
+        np.testing.assert_array_equal(first[name], value)
+    decoded = next(dataset.map(preprocessor.generate_postprocess).as_numpy_iterator())
+    assert decoded.tolist() == [b"12", b"3 4"] if batched else decoded == b"12"
+
+
+def test_any_number_of_literal_starts_is_one_start(make_preprocessor):
+    ids = make_preprocessor()("<bos><bos>12")[0]["token_ids"]
+    np.testing.assert_array_equal(ids, make_preprocessor()("12")[0]["token_ids"])
