@@ -14,21 +14,17 @@ The position of a token is its column minus the `first_column` of its row. Colum
 """
 
 from keras_gemma.generation.cache import empty_cache
-from keras_gemma.generation.cache import update_cache
 from keras_gemma.generation.engine import Engine
 from keras_gemma.generation.engine import Request
-from keras_gemma.generation.network import LayerNetwork
 from keras_gemma.generation.sampling import Sampling
 from keras_gemma.generation.sampling import has_own_loop
 from keras_gemma.generation.sampling import resolve_sampler
 
 __all__ = [
     "Engine",
-    "LayerNetwork",
     "Request",
     "Sampling",
     "empty_cache",
     "has_own_loop",
     "resolve_sampler",
-    "update_cache",
 ]

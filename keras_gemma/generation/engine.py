@@ -12,7 +12,10 @@ from keras_gemma.generation import decode
 from keras_gemma.generation import prefill
 from keras_gemma.generation import sampling
 from keras_gemma.generation.buckets import bucket
+from keras_gemma.generation.cache import update_cache
 from keras_gemma.generation.cache import with_capacity
+from keras_gemma.generation.network import LayerNetwork
+from keras_gemma.generation.network import Memory
 from keras_gemma.generation.network import network_of
 from keras_gemma.generation.programs import Program
 
@@ -107,6 +110,7 @@ class Engine:
     def __init__(self, backbone):
         self.backbone = backbone
         self.programs = {}
+        self.memory = Memory()
 
     @property
     def compilations(self):
@@ -140,7 +144,7 @@ class Engine:
 
     def start(self, request):
         """Runs the prompts of a `Request` and returns its `Decoding`, which `advance` continues."""
-        network = network_of(self.backbone)
+        network = network_of(self.backbone, self.memory)
         weights = network.weights()
         token_ids, first_column = _right_aligned(request.prompts)
         rows, length = len(request.prompts), token_ids.shape[1]
@@ -187,6 +191,17 @@ class Engine:
             decoding.sampler_values,
         )
 
+    def forward(self, token_ids, cache, column):
+        """Logits `[B, T, V]`, hidden states and the new cache of tokens `[B, T]` at the columns from `column` on."""
+        network = LayerNetwork(self.backbone)
+
+        def run(weights, token_ids, cache, column):
+            hidden, cache = update_cache(network, weights, token_ids, cache, column)
+            return network.ends(weights["ends"]).logits(hidden), hidden, cache
+
+        program = self._program(("forward", network.key), lambda: run, donated=(2,))
+        return program(network.weights(), token_ids, cache, column)
+
     def _grow(self, decoding):
         capacity = bucket(min(decoding.longest, 2 * decoding.capacity), SMALLEST_CAPACITY)
         program = self._program(
@@ -219,7 +234,7 @@ class Engine:
         return self._program((make.__name__, network.key, index, capacity), lambda: make(network, index, capacity))
 
     def _search(self, request):
-        network = network_of(self.backbone)
+        network = network_of(self.backbone, self.memory)
         weights = network.weights()
         token_ids, first_column = _right_aligned(request.prompts)
         length = token_ids.shape[1]

@@ -18,20 +18,27 @@ and both ends:
 
 import contextlib
 import math
+import weakref
 
 import keras
 from keras import ops
 
 from keras_gemma import kernels
+from keras_gemma.generation.programs import Program
 from keras_gemma.models.rotary_embedding import rotate
 
 # A packed copy stands beside the weights while a call runs: worth it for models that leave room for two.
 PACKED_BYTES = 4 * 2**30
 
 
-def network_of(backbone):
-    """The fastest network that computes what `backbone` computes."""
-    return PackedNetwork(backbone) if _packable(backbone) else LayerNetwork(backbone)
+def network_of(backbone, memory):
+    """The fastest network that computes what `backbone` computes.
+
+    Args:
+        backbone: a `GemmaBackbone`.
+        memory: a `Memory` that keeps packed weights from call to call.
+    """
+    return PackedNetwork(backbone, memory) if _packable(backbone) else LayerNetwork(backbone)
 
 
 # === Through the Keras layers ===
@@ -147,8 +154,9 @@ def _projections(layer):
 class PackedNetwork:
     """Weights as rows of outputs, query, key and value in one product and both branches of the GeGLU in another."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, memory):
         self.backbone = backbone
+        self.memory = memory
         self.key_value_heads = backbone.num_key_value_heads
         self.head_dim = backbone.head_dim
         self.epsilon = backbone.layer_norm_epsilon
@@ -156,10 +164,12 @@ class PackedNetwork:
         self.representatives = [0] * len(backbone.transformer_layers)
 
     def weights(self):
-        # Read anew at every call, adapters merged, so that training in between is seen.
+        return self.memory.recall(_values_of(self.backbone), self._packed)
+
+    def _packed(self):
         embeddings = ops.convert_to_tensor(self.backbone.token_embedding.embeddings)
         return {
-            "blocks": [_packed_weights(layer, self.head_dim) for layer in self.backbone.transformer_layers],
+            "blocks": [_packing(*_products_and_norms(layer)) for layer in self.backbone.transformer_layers],
             "ends": [embeddings, 1.0 + self.backbone.layer_norm.scale],
         }
 
@@ -171,6 +181,29 @@ class PackedNetwork:
 
     def rotation(self, positions):
         return self.backbone.rotary_embedding.rotation(positions)
+
+
+class Memory:
+    """Keeps the result of a function for as long as the immutable arrays that it was made from are in use.
+
+    Assigning to one variable, or a step of training, ends the life of its array and with it the result's: nothing
+    is stale, and the result takes no memory away from training.
+    """
+
+    def __init__(self):
+        self.sources = []
+        self.result = None
+
+    def recall(self, sources, make):
+        """What `make()` returned when it was last called with these sources, or returns now."""
+        same = len(sources) == len(self.sources) and all(kept() is now for kept, now in zip(self.sources, sources))
+        if not same or self.result is None:
+            self.sources = [weakref.ref(source, self._forget) for source in sources]
+            self.result = make()
+        return self.result
+
+    def _forget(self, _):
+        self.sources, self.result = [], None
 
 
 class PackedBlock:
@@ -230,22 +263,25 @@ def _normalised(x, scale, epsilon):
     return x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + epsilon) * scale
 
 
-def _packed_weights(layer, head_dim):
-    attention = layer.attention
-    output = ops.convert_to_tensor(attention.output_dense.kernel)
+def _products_and_norms(layer):
+    """The weights of a block, adapters merged."""
+    products = [ops.convert_to_tensor(product.kernel) for product in _projections(layer)]
+    return products, [ops.convert_to_tensor(norm.scale) for norm in (layer.pre_attention_norm, layer.pre_ffw_norm)]
+
+
+def _pack(products, norms):
+    query, key, value, output, gate, linear, ffw = products
+    attention_norm, ffw_norm = norms
+    head_dim = ops.shape(query)[-1]
     return {
-        "attention_norm": 1.0 + layer.pre_attention_norm.scale,
+        "attention_norm": 1.0 + attention_norm,
         "query_key_value": ops.concatenate(
-            [
-                _rows_of_heads(attention.query_dense.kernel) * head_dim**-0.5,
-                _rows_of_heads(attention.key_dense.kernel),
-                _rows_of_heads(attention.value_dense.kernel),
-            ]
+            [_rows_of_heads(query) * head_dim**-0.5, _rows_of_heads(key), _rows_of_heads(value)]
         ),
         "output": ops.transpose(ops.reshape(output, (-1, ops.shape(output)[-1]))),
-        "ffw_norm": 1.0 + layer.pre_ffw_norm.scale,
-        "gating": ops.concatenate([ops.transpose(layer.gating_ffw.kernel), ops.transpose(layer.gating_ffw_2.kernel)]),
-        "ffw": ops.transpose(layer.ffw_linear.kernel),
+        "ffw_norm": 1.0 + ffw_norm,
+        "gating": ops.concatenate([ops.transpose(gate), ops.transpose(linear)]),
+        "ffw": ops.transpose(ffw),
     }
 
 
@@ -253,6 +289,10 @@ def _rows_of_heads(kernel):
     """`[heads, D, H]` → `[heads * H, D]`."""
     kernel = ops.transpose(kernel, (0, 2, 1))
     return ops.reshape(kernel, (-1, ops.shape(kernel)[-1]))
+
+
+# Compiled: step by step, the transposed weights would be written twice.
+_packing = Program(_pack)
 
 
 def _packable(backbone):

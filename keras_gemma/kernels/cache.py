@@ -23,5 +23,7 @@ def write_columns(cache, columns, first):
     if not on_torch():
         return ops.slice_update(cache, (0, 0, first, 0), columns)
     first = int(first)
+    # Beam search may hand over several rows that are views of one.
+    cache = cache.contiguous()
     cache[:, :, first : first + columns.shape[2]] = columns
     return cache

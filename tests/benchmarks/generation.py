@@ -53,9 +53,7 @@ def run(repeats=5):
         `target`; `same_tokens`, the share of equal token ids.
     """
     ours, keras_hubs = build_models()
-    results = [
-        {**compare_speed(ours, keras_hubs, *sizes, repeats), "case": case} for case, sizes in CASES.items()
-    ]
+    results = [{**compare_speed(ours, keras_hubs, *sizes, repeats), "case": case} for case, sizes in CASES.items()]
     # Models that have compiled nothing yet.
     results.append({**compare_wall_time(*build_models()), "case": TWELVE_LENGTHS})
     return [{**result, "target": TARGETS[result["case"]]} for result in results]
