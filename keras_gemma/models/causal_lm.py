@@ -67,7 +67,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             optimizer: as of `keras.Model.compile`; `"auto"` is Adam at 2e-5.
             loss: as of `keras.Model.compile`; `"auto"` is the cross-entropy of the next token, divided by the
                 sum of the weights (not by the number of positions).
-            weighted_metrics: as of `keras.Model.compile`; `"auto"` is perplexity and token accuracy.
+            weighted_metrics: as of `keras.Model.compile`; `"auto"` is `perplexity` and `token_accuracy` (where
+                keras-hub has `sparse_categorical_accuracy` alone).
             sampler: a keras-hub sampler or its name.
             **kwargs: passed to `keras.Model.compile`.
         """
@@ -80,9 +81,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 keras_hub.metrics.Perplexity(from_logits=True, name="perplexity"),
                 keras.metrics.SparseCategoricalAccuracy(name="token_accuracy"),
             ]
-        super().compile(
-            optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs
-        )
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -101,6 +100,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         sample_weight=None,
         validation_data=None,
         validation_split=0.0,
+        validation_batch_size=None,
         shuffle=True,
         **kwargs,
     ):
@@ -111,20 +111,19 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 `tf.data.Dataset`, Grain data set, `keras.utils.PyDataset`, generator or torch `DataLoader` of
                 such batches; without a preprocessor, the model's own inputs.
             shuffle: bool. Draws a new order of listed examples, or of a `PyDataset`'s batches, each epoch.
-            y, batch_size, sample_weight, validation_data, validation_split, **kwargs: as of `keras.Model.fit`.
+            y, batch_size, sample_weight, validation_data, validation_split, validation_batch_size, **kwargs: as of
+                `keras.Model.fit`.
 
         Returns:
             A `keras.callbacks.History`.
         """
         _warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = data.split_off_validation(
-                x, y, sample_weight, validation_split
-            )
+            (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
         if validation_data is not None:
             validation_data = _unpacked(validation_data)
             # A validation set in batches keeps their size.
-            validation_size = None if data.yields_batches(validation_data[0]) else batch_size
+            validation_size = None if data.yields_batches(validation_data[0]) else validation_batch_size or batch_size
             validation_data = self._batches(*validation_data, validation_size)
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
@@ -278,9 +277,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             self.__dict__["_generation_engine"] = generation.Engine(self.backbone)
         return self.__dict__["_generation_engine"]
 
-    def stream(
-        self, prompt, max_length=None, stop_token_ids="auto", *, max_new_tokens=None, sampler=None, seed=None
-    ):
+    def stream(self, prompt, max_length=None, stop_token_ids="auto", *, max_new_tokens=None, sampler=None, seed=None):
         """Continues one prompt and yields the new text as it comes.
 
         The pieces together are what `generate(prompt, strip_prompt=True)` returns with the same arguments. No piece
@@ -298,9 +295,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
         if generation.has_own_loop(sampler):
-            raise ValueError(
-                f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}"
-            )
+            raise ValueError(f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}")
         prompts, batched = text_generation.prompts_of_text(self.preprocessor, prompt)
         if batched:
             raise ValueError("`stream` continues one prompt. Received a batch.")
