@@ -4,6 +4,8 @@
     Hello<end_of_turn>
     <start_of_turn>model
     Hi!<end_of_turn>
+
+Turns alternate, the user begins, and no other role speaks.
 """
 
 from dataclasses import dataclass

@@ -40,8 +40,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         if intermediate_dim % 2:
             raise ValueError(
-                "`intermediate_dim` counts both branches of the GeGLU and must be even. "
-                f"Received: {intermediate_dim}"
+                f"`intermediate_dim` counts both branches of the GeGLU and must be even. Received: {intermediate_dim}"
             )
         self.hidden_dim = hidden_dim
         self.intermediate_dim = intermediate_dim

@@ -19,9 +19,7 @@ class RMSNormalization(keras.layers.Layer):
 
     def build(self, input_shape):
         # Without autocast: in bfloat16, 1 + scale would lose all but seven bits of the scale.
-        self.scale = self.add_weight(
-            name="scale", shape=(input_shape[-1],), initializer="zeros", autocast=False
-        )
+        self.scale = self.add_weight(name="scale", shape=(input_shape[-1],), initializer="zeros", autocast=False)
         self.built = True
 
     def call(self, x):

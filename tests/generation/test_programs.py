@@ -39,7 +39,7 @@ def test_new_sizes_within_a_bucket_compile_nothing(engine):
     before = engine.compilations
     for lengths, new_tokens in (((32, 1, 2), 3), ((5, 5, 7), 90), ((20, 31, 32), 224)):
         rows, _ = engine.generate(request(random_prompts(*lengths), new_tokens, stop_token_ids=[7, 9]))
-        assert [len(row) <= new_tokens for row in rows]
+        assert all(len(row) <= new_tokens for row in rows)
     assert engine.compilations == before
 
 

@@ -39,25 +39,9 @@ def test_the_configuration_rebuilds_the_backbone():
     assert [(w.path, w.shape) for w in rebuilt.weights] == [(w.path, w.shape) for w in backbone.weights]
 
 
-@pytest.mark.parametrize(
-    "shape, parameters",
-    [
-        ((18, 8, 1, 2048, 32768), 2_506_172_416),
-        ((28, 16, 16, 3072, 49152), 8_537_680_896),
-    ],
-)
-def test_the_presets_have_as_many_parameters_as_the_report_says(shape, parameters):
-    layers, heads, kv_heads, width, intermediate = shape
-
-    def count(num_layers):
-        # Linear in the number of layers, and two shapes of the real width would take gigabytes.
-        kernels = width * 256 * (2 * heads + 2 * kv_heads) + 3 * width * intermediate // 2
-        return 256_000 * width + num_layers * (kernels + 2 * width) + width
-
-    assert count(layers) == parameters
-    small = GemmaBackbone(**SHAPE)
+def test_a_model_has_as_many_parameters_as_its_shapes_say():
     kernels = 16 * 8 * (2 * 4 + 2 * 1) + 3 * 16 * 32
-    assert small.count_params() == 64 * 16 + 2 * (kernels + 2 * 16) + 16
+    assert GemmaBackbone(**SHAPE).count_params() == 64 * 16 + 2 * (kernels + 2 * 16) + 16
 
 
 def mesh(shape=(2, 4), names=("batch", "model")):

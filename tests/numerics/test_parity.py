@@ -55,6 +55,15 @@ def test_a_row_of_8192_tokens_ends_as_transformers_ends_it():
     assert_equal_where_real(logits(model, inputs), expected, inputs)
 
 
+def test_a_row_of_8192_tokens_equals_keras_hub_over_four_layers():
+    shape = {
+        "vocabulary_size": 50, "num_layers": 4, "num_query_heads": 1, "num_key_value_heads": 1,
+        "hidden_dim": 16, "intermediate_dim": 32, "head_dim": 8,
+    }  # fmt: skip
+    model, inputs = ours(shape), batch(50, lengths=(8192,))
+    assert_equal_where_real(logits(model, inputs), logits(keras_hub_twin(model, shape), inputs), inputs)
+
+
 def test_gradients_equal_transformers(shape):
     import torch
 
