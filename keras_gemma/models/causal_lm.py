@@ -9,6 +9,7 @@ from keras_gemma import data
 from keras_gemma import generation
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.backbone import refuse_wrong_export
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
@@ -364,6 +365,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         return generation.empty_cache(self.backbone, batch_size, max_length)
 
     # === Presets ===
+
+    def export_to_transformers(self, path):
+        """As `GemmaBackbone.export_to_transformers`, with the tokenizer."""
+        refuse_wrong_export(self.backbone)
+        super().export_to_transformers(path)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
