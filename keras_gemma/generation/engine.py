@@ -204,11 +204,12 @@ class Engine:
 
     def _grow(self, decoding):
         capacity = bucket(min(decoding.longest, 2 * decoding.capacity), SMALLEST_CAPACITY)
-        program = self._program(
-            ("grow", capacity), lambda: lambda columns: with_capacity(columns, capacity), donated=(0,)
-        )
-        layers = tuple((program(key), program(value)) for key, value in decoding.cache["layers"])
-        decoding.cache = {**decoding.cache, "layers": layers}
+        program = self._program(("grow", capacity), lambda: lambda columns: with_capacity(columns, capacity))
+        layers = list(decoding.cache.pop("layers"))
+        for index, (key, value) in enumerate(layers):
+            # One layer at a time, so that no second cache stands beside the first.
+            layers[index] = (program(key), program(value))
+        decoding.cache["layers"] = tuple(layers)
         decoding.tokens = ops.pad(decoding.tokens, [(0, 0), (0, capacity - decoding.capacity)])
 
     def _prefill(self, network, weights, token_ids, first_column, capacity, with_hidden=False):
