@@ -153,6 +153,17 @@ def train(model, stream, validation, work):
     return log
 
 
+def run_figures(stream_length, parameters):
+    """What the README states of a run."""
+    return {
+        "parameters": f"{parameters:,}",
+        "tokens of training text": f"{stream_length:,}",
+        "tokens seen": f"{STEPS * ROWS_PER_STEP * CONTEXT:,} in {STEPS:,} steps of {ROWS_PER_STEP} x {CONTEXT}",
+        "peak learning rate": f"{PEAK_LEARNING_RATE} (Adam: times {ADAM_RATIO})",
+        "architecture": ", ".join(f"{name} {value}" for name, value in ARCHITECTURE.items()),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
@@ -192,13 +203,7 @@ def main():
     }
     (work / "result.json").write_text(json.dumps(result, indent=4))
     report.write_curve(log, STEPS_BETWEEN_REPORTS, ROWS_PER_STEP * CONTEXT, arguments.preset_dir / "training_curve.png")
-    run = {
-        "parameters": f"{model.count_params():,}",
-        "tokens of training text": f"{len(stream):,}",
-        "tokens seen": f"{STEPS * ROWS_PER_STEP * CONTEXT:,} in {STEPS:,} steps of {ROWS_PER_STEP} x {CONTEXT}",
-        "peak learning rate": f"{PEAK_LEARNING_RATE} (Adam: times {ADAM_RATIO})",
-        "architecture": ", ".join(f"{name} {value}" for name, value in ARCHITECTURE.items()),
-    }
+    run = run_figures(len(stream), model.count_params())
     report.write_readme(arguments.preset_dir, corpus, run, result)
 
 
