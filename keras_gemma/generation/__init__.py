@@ -13,6 +13,7 @@ All rows of a batch end at the same column, so that they decode in step whatever
 The position of a token is its column minus the `first_column` of its row. Columns before it are never attended to.
 """
 
+from keras_gemma.generation.cache import check_cache
 from keras_gemma.generation.cache import empty_cache
 from keras_gemma.generation.engine import Engine
 from keras_gemma.generation.engine import Request
@@ -24,6 +25,7 @@ __all__ = [
     "Engine",
     "Request",
     "Sampling",
+    "check_cache",
     "empty_cache",
     "has_own_loop",
     "resolve_sampler",

@@ -29,6 +29,15 @@ def empty_cache(backbone, batch_size, capacity):
     return {"layers": layers, "first_column": ops.zeros((batch_size,), "int32")}
 
 
+def check_cache(cache, length, column):
+    """Raises a `ValueError` for what is no cache, or one without room for `length` tokens from an int `column` on."""
+    if not isinstance(cache, dict) or set(cache) != {"layers", "first_column"}:
+        raise ValueError(f"The cache is what `build_cache` makes. Received: {type(cache).__name__}")
+    capacity = cache["layers"][0][0].shape[2]
+    if isinstance(column, int) and column + length > capacity:
+        raise ValueError(f"The cache has {capacity} columns. Received: {length} tokens at column {column}")
+
+
 def update_cache(network, weights, token_ids, cache, column):
     """Runs tokens through the network, writing their keys and values into a cache.
 

@@ -25,7 +25,6 @@ from keras import ops
 
 from keras_gemma import kernels
 from keras_gemma.generation.programs import Program
-from keras_gemma.models.rotary_embedding import rotate
 
 # A packed copy stands beside the weights while a call runs: worth it for models that leave room for two.
 PACKED_BYTES = 4 * 2**30
@@ -89,7 +88,7 @@ class LayerBlock:
         attention = self.layer.attention
         with _given_values(self.layer, self.values):
             x = self.layer.pre_attention_norm(x)
-            return rotate(attention.key_dense(x), *rotation), attention.value_dense(x)
+            return kernels.rotate(attention.key_dense(x), *rotation), attention.value_dense(x)
 
     def finish(self, x, attended):
         with _given_values(self.layer, self.values):
@@ -215,7 +214,7 @@ class PackedBlock:
 
     def queries_keys_values(self, x, rotation):
         heads = self._heads(x, self.weights["query_key_value"])
-        rotated = rotate(heads[:, :, : -self.key_value_heads], *rotation)
+        rotated = kernels.rotate(heads[:, :, : -self.key_value_heads], *rotation)
         return (
             rotated[:, :, : -self.key_value_heads],
             rotated[:, :, -self.key_value_heads :],
@@ -225,7 +224,7 @@ class PackedBlock:
     def keys_values(self, x, rotation):
         heads = self._heads(x, self.weights["query_key_value"][-2 * self.key_value_heads * self.head_dim :])
         key, value = ops.split(heads, 2, axis=2)
-        return rotate(key, *rotation), value
+        return kernels.rotate(key, *rotation), value
 
     def _heads(self, x, weight):
         norm = self.weights["attention_norm"]

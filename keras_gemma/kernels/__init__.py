@@ -14,6 +14,7 @@ from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
+from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "prefers_packed_weights",
     "project",
     "prompt_attention",
+    "rotate",
     "write_columns",
 ]

@@ -2,7 +2,6 @@ import keras
 from keras import ops
 
 from keras_gemma import kernels
-from keras_gemma.models.rotary_embedding import rotate
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -61,9 +60,9 @@ class GemmaAttention(keras.layers.Layer):
 
     def project(self, x, sine, cosine):
         """Rotated and scaled query `[B, T, N, H]`, rotated key and value `[B, T, K, H]`."""
-        query = rotate(self.query_dense(x), sine, cosine)
+        query = kernels.rotate(self.query_dense(x), sine, cosine)
         query = query * ops.cast(self.head_dim**-0.5, query.dtype)
-        return query, rotate(self.key_dense(x), sine, cosine), self.value_dense(x)
+        return query, kernels.rotate(self.key_dense(x), sine, cosine), self.value_dense(x)
 
     def _weight_dropout(self, training):
         if not self.dropout:

@@ -356,7 +356,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         Returns:
             Float32 logits `[B, T, V]`, final hidden states `[B, T, D]`, and the new cache.
+
+        Raises:
+            ValueError: for keras-hub's array cache, and for tokens beyond the cache's end where the index is an int.
         """
+        generation.check_cache(cache, ops.shape(token_ids)[1], cache_update_index)
         token_ids = ops.convert_to_tensor(token_ids, "int32")
         return self._engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
 

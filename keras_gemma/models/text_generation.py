@@ -75,7 +75,11 @@ def token_rows(rows, width):
 
 
 def joined(outputs):
-    """The outputs of several batches as those of one."""
+    """The outputs of several batches, or of single prompts, as those of one batch."""
+    if not outputs:
+        raise ValueError("A data set needs at least one batch. Received an empty one.")
+    if isinstance(outputs[0], str):
+        return outputs
     if not isinstance(outputs[0], dict):
         return [text for batch in outputs for text in batch]
     rows = [row[mask] for batch in outputs for row, mask in zip(batch["token_ids"], batch["padding_mask"])]

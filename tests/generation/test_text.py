@@ -163,3 +163,17 @@ def test_without_a_preprocessor():
         model.generate("text", stop_token_ids=None)
     with pytest.raises(ValueError, match="stop_token_ids='auto'"):
         model.generate(tokens_of(random_prompts(3), 5))
+
+
+def test_a_data_set_of_single_prompts_gives_a_text_a_prompt(text_model):
+    assert text_model.generate(iter(TEXTS), **SHORT) == text_model.generate(TEXTS, **SHORT)
+    with pytest.raises(ValueError, match="at least one batch"):
+        text_model.generate(iter([]), **SHORT)
+
+
+def test_a_cache_without_room_or_of_keras_hubs_form_is_refused(text_model):
+    tokens = np.ones((1, 2), "int32")
+    with pytest.raises(ValueError, match="4 columns"):
+        text_model.call_with_cache(tokens, text_model.build_cache(1, 4), 3)
+    with pytest.raises(ValueError, match="build_cache"):
+        text_model.call_with_cache(tokens, np.zeros((1, 2, 2, 4, 1, 8)), 0)

@@ -11,7 +11,6 @@ from keras_gemma.models.backbone import EmbeddingScale
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.rms_normalization import RMSNormalization
 from keras_gemma.models.rotary_embedding import RotaryEmbedding
-from keras_gemma.models.rotary_embedding import rotate
 from tests.numerics.references import batch
 from tests.numerics.references import logits
 from tests.numerics.references import ours
@@ -85,7 +84,7 @@ def test_positions_count_from_zero_when_left_out():
 
 def test_rotation_is_half_split():
     sine, cosine = ops.full((1, 1, 2), 0.6), ops.full((1, 1, 2), 0.8)
-    rotated = rotate(ops.convert_to_tensor(np.array([[[[1.0, 2.0, 3.0, 4.0]]]], "float32")), sine, cosine)
+    rotated = kernels.rotate(ops.convert_to_tensor(np.array([[[[1.0, 2.0, 3.0, 4.0]]]], "float32")), sine, cosine)
     expected = [1 * 0.8 - 3 * 0.6, 2 * 0.8 - 4 * 0.6, 3 * 0.8 + 1 * 0.6, 4 * 0.8 + 2 * 0.6]
     np.testing.assert_allclose(to_numpy(rotated).ravel(), expected, rtol=1e-5)
 
@@ -136,13 +135,13 @@ def test_only_the_weights_of_the_policy_bfloat16_are_bfloat16():
 
 @pytest.mark.parametrize("policy", BFLOAT16_POLICIES)
 def test_sines_and_cosines_reach_the_rotation_in_float32(policy, monkeypatch):
-    received = []
+    received, rotate = [], kernels.rotate
 
     def recording_rotate(x, sine, cosine):
         received.extend(keras.backend.standardize_dtype(angle.dtype) for angle in (sine, cosine))
         return rotate(x, sine, cosine)
 
-    monkeypatch.setattr("keras_gemma.models.attention.rotate", recording_rotate)
+    monkeypatch.setattr(kernels, "rotate", recording_rotate)
     backbone = GemmaBackbone(32, 1, 2, 1, 16, 32, 8, dtype=policy)
     ones = np.ones((1, 4), "int32")
     received.clear()
