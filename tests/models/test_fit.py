@@ -12,11 +12,12 @@ TEXTS = ["the License", "a work", "you may", "12 34", "Hi", "any person", "\n\n"
 PAIRS = {"prompts": TEXTS, "responses": [text[::-1] for text in TEXTS]}
 DIALOGUES = [[{"role": "user", "content": text}, {"role": "model", "content": "12"}] for text in TEXTS]
 BATCH = 4
+LENGTH = 40
 
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    model = make_model()
+    model = make_model(sequence_length=LENGTH)
     model.compile(optimizer=keras.optimizers.SGD(0.0))
     return model
 
@@ -24,6 +25,8 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def perplexities(model):
     """The perplexity of each kind of example as a list."""
+    for examples in (TEXTS, PAIRS, DIALOGUES):
+        assert (model.preprocessor(examples)[2].sum(axis=1) > 0).all(), "every row needs something to learn"
     return {
         kind: model.fit(examples, batch_size=BATCH, verbose=0).history["perplexity"][0]
         for kind, examples in {"texts": TEXTS, "pairs": PAIRS, "dialogues": DIALOGUES}.items()
@@ -84,7 +87,7 @@ def test_listed_examples_train_and_evaluate(model, perplexities, form):
     assert history["perplexity"] == pytest.approx([perplexities["texts"]] * 2, rel=1e-4)
     evaluated = model.evaluate(form(), batch_size=BATCH, verbose=0, return_dict=True)
     assert evaluated["perplexity"] == pytest.approx(perplexities["texts"], rel=1e-4)
-    assert model.predict(form(), batch_size=BATCH, verbose=0).shape == (8, 12, model.backbone.vocabulary_size)
+    assert model.predict(form(), batch_size=BATCH, verbose=0).shape == (8, LENGTH, model.backbone.vocabulary_size)
 
 
 @pytest.mark.multi_backend
@@ -95,7 +98,7 @@ def test_data_sets_train_and_evaluate_for_several_epochs(model, perplexities, fo
     assert history["val_perplexity"] == pytest.approx([perplexities["texts"]] * 3, rel=1e-4)
     evaluated = model.evaluate(form(), verbose=0, return_dict=True)
     assert evaluated["perplexity"] == pytest.approx(perplexities["texts"], rel=1e-4)
-    assert model.predict(form(), verbose=0).shape == (8, 12, model.backbone.vocabulary_size)
+    assert model.predict(form(), verbose=0).shape == (8, LENGTH, model.backbone.vocabulary_size)
 
 
 @pytest.mark.multi_backend
@@ -213,14 +216,12 @@ def test_an_optimizer_that_cannot_move_bfloat16_weights_is_warned_about(make_mod
         model.fit(TEXTS, batch_size=BATCH, verbose=0)
 
 
-def test_each_on_batch_method_preprocesses(model, perplexities):
-    model.reset_metrics()
-    results = [model.train_on_batch(batch, return_dict=True) for batch in batches()]
-    model.reset_metrics()
-    assert results[-1]["perplexity"] == pytest.approx(perplexities["texts"], rel=1e-4)
-    tested = [model.test_on_batch(batch, return_dict=True) for batch in batches()]
-    model.reset_metrics()
-    assert tested[-1]["perplexity"] == pytest.approx(perplexities["texts"], rel=1e-4)
+def test_each_on_batch_method_preprocesses(model):
+    for batch in batches():
+        perplexity = model.evaluate(batch, verbose=0, return_dict=True)["perplexity"]
+        for on_batch in (model.train_on_batch, model.test_on_batch):
+            model.reset_metrics()
+            assert on_batch(batch, return_dict=True)["perplexity"] == pytest.approx(perplexity, rel=1e-4)
     expected = model.predict(TEXTS[:BATCH], batch_size=BATCH, verbose=0)
     np.testing.assert_allclose(model.predict_on_batch(TEXTS[:BATCH]), expected, atol=1e-5)
 
