@@ -60,9 +60,8 @@ def update_cache(network, weights, token_ids, cache, column):
     for index, (block_weights, (keys, values)) in enumerate(zip(weights["blocks"], cache["layers"])):
         block = network.block(index, block_weights)
         query, key, value = block.queries_keys_values(x, rotation)
-        keys = kernels.write_columns(keys, heads_first(key), column)
-        values = kernels.write_columns(values, heads_first(value), column)
-        x = block.finish(x, kernels.cached_attention(query, keys, values, first_column, column))
+        attended, keys, values = kernels.cached_attention(query, key, value, keys, values, first_column, column)
+        x = block.finish(x, attended)
         layers.append((keys, values))
     return ends.hidden(x), {"layers": tuple(layers), "first_column": first_column}
 

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_gemma.kernels.cache import write_columns
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.products import einsum_float32
 
@@ -102,46 +103,76 @@ def _segment_in_cache_blocks(query, key, value, first_column, start, end):
     return ops.concatenate([attended[:, : (blocks - 1) * size], attended[:, (blocks - 1) * size + overlap :]], axis=1)
 
 
-def cached_attention(query, key, value, first_column, column):
-    """Attention of new tokens to the filled columns of a cache that already holds them.
+def cached_attention(query, key, value, keys, values, first_column, column):
+    """Attention of new tokens to themselves and to the filled columns of a cache, which takes them in.
 
     Args:
         query: float tensor `[B, T, N, H]`, already scaled, of the columns from `column` on.
-        key: float tensor `[B, K, S, H]`.
-        value: float tensor `[B, K, S, H]`.
+        key: float tensor `[B, T, K, H]` of the same columns.
+        value: float tensor `[B, T, K, H]`.
+        keys: float tensor `[B, K, S, H]`, the cache; filled before `column`.
+        values: float tensor `[B, K, S, H]`.
         first_column: int tensor `[B]`, the first column that holds a token of the row.
-        column: int scalar, the column of the first query.
+        column: int scalar, the column of the first new token.
 
     Returns:
-        A tensor `[B, T, N, H]` in the dtype of `value`.
+        A tensor `[B, T, N, H]` in the dtype of `value`, and the new keys and values of the cache.
     """
     batch, length, heads, head_dim = ops.shape(query)
-    kv_heads = ops.shape(key)[1]
-    columns = ops.arange(ops.shape(key)[2], dtype="int32")
-    query_columns = column + ops.arange(length, dtype="int32")
+    kv_heads = ops.shape(keys)[1]
+    group = heads // kv_heads
+    key, value = (ops.cast(ops.transpose(x, (0, 2, 1, 3)), keys.dtype) for x in (key, value))
+    query = ops.reshape(query, (batch, length, kv_heads, group, head_dim))
+    query = ops.reshape(ops.transpose(query, (0, 2, 1, 3, 4)), (batch, kv_heads, length * group, head_dim))
+    if on_jax_cpu():
+        attended = _before_writing(query, key, value, keys, values, first_column, column)
+        column = _after(column, attended)
+        keys, values = write_columns(keys, key, column), write_columns(values, value, column)
+    else:
+        keys, values = write_columns(keys, key, column), write_columns(values, value, column)
+        query_columns = column + ops.repeat(ops.arange(length, dtype="int32"), group)
+        scores = _masked(einsum_float32("bkqh,bksh->bkqs", query, keys), query_columns, first_column)
+        attended = ops.matmul(ops.cast(ops.softmax(scores, axis=-1), value.dtype), values)
+    attended = ops.reshape(attended, (batch, kv_heads, length, group, head_dim))
+    attended = ops.reshape(ops.transpose(attended, (0, 2, 1, 3, 4)), (batch, length, heads, head_dim))
+    return attended, keys, values
+
+
+def _masked(scores, query_columns, first_column):
+    """Float32 scores `[B, K, Q, S]` of queries at columns `[Q]`, without later columns and those before the row."""
+    columns = ops.arange(ops.shape(scores)[-1], dtype="int32")
     earlier = columns[None, :] <= query_columns[:, None]
     real = columns[None, :] >= first_column[:, None]
-    mask = ops.logical_and(earlier[None], real[:, None, :])
-
-    query = ops.reshape(query, (batch, length, kv_heads, heads // kv_heads, head_dim))
-    query = ops.reshape(ops.transpose(query, (0, 2, 1, 3, 4)), (batch, kv_heads, -1, head_dim))
-    scores = _cached_scores(query, key)
-    grouped = (batch, kv_heads, length, heads // kv_heads, ops.shape(key)[2])
-    scores = ops.where(mask[:, None, :, None], ops.reshape(scores, grouped), MASKED_SCORE)
-    weights = ops.reshape(ops.cast(ops.softmax(scores, axis=-1), value.dtype), (batch, kv_heads, -1, grouped[-1]))
-    attended = ops.reshape(ops.matmul(weights, value), (*grouped[:-1], head_dim))
-    return ops.reshape(ops.transpose(attended, (0, 2, 1, 3, 4)), (batch, length, heads, head_dim))
+    return ops.where(ops.logical_and(earlier[None], real[:, None])[:, None], scores, MASKED_SCORE)
 
 
-def _cached_scores(query, key):
-    """Float32 scores `[B, K, Q, S]` of queries `[B, K, Q, H]`."""
-    if not on_jax_cpu():
-        return einsum_float32("bkqh,bksh->bkqs", query, key)
+def _before_writing(query, key, value, keys, values, first_column, column):
+    """Attended values `[B, K, Q, H]` from the cache as it is and the new columns beside it.
+
+    XLA merges the write of a column with the reshaping that a product wants, and then copies the whole cache twice
+    a step; so the products read the cache first.
+    """
     from jax import lax
 
+    length = key.shape[2]
+    group = query.shape[2] // length
+    query_columns = ops.repeat(ops.arange(length, dtype="int32"), group)
     # As in `project`: the cache is large and the queries are few, so the cache stands first.
-    scores = lax.dot_general(key, query, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type="float32")
-    return lax.optimization_barrier(scores).transpose(0, 1, 3, 2)
+    old = lax.dot_general(keys, query, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type="float32")
+    old = lax.optimization_barrier(old).transpose(0, 1, 3, 2)
+    old = _masked(old, ops.broadcast_to(column - 1, query_columns.shape), first_column)
+    new = _masked(einsum_float32("bkqh,bksh->bkqs", query, key), query_columns, ops.zeros_like(first_column))
+    largest = ops.maximum(ops.max(old, axis=-1, keepdims=True), ops.max(new, axis=-1, keepdims=True))
+    old, new = ops.exp(old - largest), ops.exp(new - largest)
+    total = ops.sum(old, axis=-1, keepdims=True) + ops.sum(new, axis=-1, keepdims=True)
+    attended = ops.matmul(ops.cast(old / total, value.dtype), values)
+    return attended + ops.matmul(ops.cast(new / total, value.dtype), value)
+
+
+def _after(column, attended):
+    """The same column, in a form that XLA cannot know before `attended`: writing waits for the reading."""
+    number = ops.cast(attended[0, 0, 0, 0] > 0, "int32")
+    return ops.minimum(column, column + number)
 
 
 def _grouped_attention(query, key, value, mask, dropout=None):

@@ -51,26 +51,30 @@ def test_cached_attention(length, kv_heads):
     capacity, column = 20, 11
     first_column = np.array([0, 5, 11], "int32")
     query = random_array(3, length, 4, 8)
-    key = random_array(3, kv_heads, capacity, 8, seed=1)
-    value = random_array(3, kv_heads, capacity, 8, seed=2)
+    key, value = random_array(3, length, kv_heads, 8, seed=1), random_array(3, length, kv_heads, 8, seed=2)
+    keys, values = random_array(3, kv_heads, capacity, 8, seed=3), random_array(3, kv_heads, capacity, 8, seed=4)
     # Whatever stands beyond the filled columns.
-    key[:, :, column + length :] = 1e3
-    arguments = map(ops.convert_to_tensor, (query, key, value, first_column, np.int32(column)))
-    attended = to_numpy(kernels.cached_attention(*arguments))
+    keys[:, :, column:] = 1e3
+    arguments = (query, key, value, keys.copy(), values.copy(), first_column, np.int32(column))
+    attended, new_keys, new_values = map(to_numpy, kernels.cached_attention(*map(ops.convert_to_tensor, arguments)))
+    keys[:, :, column : column + length] = key.swapaxes(1, 2)
+    values[:, :, column : column + length] = value.swapaxes(1, 2)
+    np.testing.assert_array_equal(new_keys, keys)
+    np.testing.assert_array_equal(new_values, values)
     columns = np.arange(capacity)
     for row, first in enumerate(first_column):
         mask = (columns[None, :] <= column + np.arange(length)[:, None]) & (columns[None, :] >= first)
-        expected = attention(query[row], key[row].swapaxes(0, 1), value[row].swapaxes(0, 1), mask)
+        expected = attention(query[row], keys[row].swapaxes(0, 1), values[row].swapaxes(0, 1), mask)
         np.testing.assert_allclose(attended[row], expected, atol=2e-5)
 
 
 def test_cached_attention_in_bfloat16_scores_in_float32():
     # The scores 256 and 257 are one number in bfloat16.
     query = np.array([16.0, 1.0]).reshape(1, 1, 1, 2)
-    key = np.array([[16.0, 0.0], [16.0, 1.0]]).reshape(1, 1, 2, 2)
-    value = np.array([[0.0, 0.0], [1.0, 1.0]]).reshape(1, 1, 2, 2)
-    query, key, value = (ops.cast(x, "bfloat16") for x in (query, key, value))
-    attended = kernels.cached_attention(query, key, value, ops.zeros((1,), "int32"), ops.convert_to_tensor(1))
+    keys = np.array([[16.0, 0.0], [0.0, 0.0]]).reshape(1, 1, 2, 2)
+    key, value = np.array([16.0, 1.0]).reshape(1, 1, 1, 2), np.ones((1, 1, 1, 2))
+    tensors = [ops.cast(x, "bfloat16") for x in (query, key, value, keys, np.zeros((1, 1, 2, 2)))]
+    attended, _, _ = kernels.cached_attention(*tensors, ops.zeros((1,), "int32"), ops.convert_to_tensor(1))
     np.testing.assert_allclose(to_numpy(ops.cast(attended, "float32"))[0, 0, 0, 0], 1 / (1 + np.exp(-1)), rtol=4e-3)
 
 

@@ -43,8 +43,8 @@ def test_attention_over_a_cache_equals_attention_over_the_row(heads, kv_heads, c
     # What stands before a row's first column or after its last query must not be read.
     unread = (segment_ids == 0) | (np.arange(7) >= column + length)
     cache = [np.where(unread[:, :, None, None], 1e4, array).astype("float32").swapaxes(1, 2) for array in (key, value)]
-    received = kernels.cached_attention(
-        ops.convert_to_tensor(query[:, column : column + length]),
+    received, _, _ = kernels.cached_attention(
+        *(ops.convert_to_tensor(array[:, column : column + length]) for array in (query, key, value)),
         *map(ops.convert_to_tensor, cache),
         ops.convert_to_tensor(first),
         column,
