@@ -132,6 +132,9 @@ def _give_value(variable, array):
     # With a distribution, every device takes its shard from host memory: none has to hold the whole.
     variable._initialize(array)
     variable._initializer = None
+    if keras.config.backend() == "jax":
+        # JAX copies in the background, and would hold on to the arrays of several tensors on a busy machine.
+        variable._value.block_until_ready()
 
 
 def _register_with_torch(model):
