@@ -70,6 +70,17 @@ def test_padding_changes_no_real_logit():
     np.testing.assert_allclose(received[real], logits(model, rows)[real], rtol=0, atol=1e-5)
 
 
+def test_padding_in_front_changes_no_real_logit():
+    # Behind a row the causal mask alone would hide the padding; here only the padding mask does.
+    model, row = ours(SMALL), batch(SMALL["vocabulary_size"], lengths=(5,))
+    later = {name: np.pad(field, ((0, 0), (3, 0)), constant_values=0) for name, field in row.items()}
+    later["token_ids"][:, :3] = 17
+    later["positions"] = np.array([[0, 0, 0, 0, 1, 2, 3, 4]], "int32")
+    np.testing.assert_allclose(logits(model, later)[:, 3:], logits(model, row), rtol=0, atol=1e-5)
+    seen = {**later, "padding_mask": np.ones_like(later["padding_mask"])}
+    assert np.abs(logits(model, seen)[:, 3:] - logits(model, row)).max() > 0.01
+
+
 def test_later_tokens_change_no_earlier_logit():
     model, rows = ours(SMALL), separate()
     changed = {**rows, "token_ids": rows["token_ids"].copy()}
