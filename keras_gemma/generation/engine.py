@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_gemma import kernels
 from keras_gemma.generation import decode
 from keras_gemma.generation import prefill
 from keras_gemma.generation import sampling
@@ -288,11 +289,7 @@ def _right_aligned(prompts):
 
 def _batch_bucket(size):
     """The batch size compiled for: a bucket, and a multiple of the devices that share the batch."""
-    distribution = keras.distribution.distribution()
-    if distribution is None or distribution.batch_dim_name is None:
-        return bucket(size)
-    mesh = distribution.device_mesh
-    devices = mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+    devices = kernels.shards_of_batch()
     return devices * bucket(-(-size // devices))
 
 

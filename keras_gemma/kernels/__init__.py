@@ -10,22 +10,30 @@ from keras_gemma.kernels.attention import cached_attention
 from keras_gemma.kernels.attention import causal_attention
 from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
+from keras_gemma.kernels.vocabulary import TokenSums
+from keras_gemma.kernels.vocabulary import logits_loss
+from keras_gemma.kernels.vocabulary import vocabulary_loss
 
 __all__ = [
+    "TokenSums",
     "cached_attention",
     "causal_attention",
     "einsum_float32",
     "first_argmax",
     "in_row_chunks",
+    "logits_loss",
     "prefers_packed_weights",
     "project",
     "prompt_attention",
     "rotate",
+    "shards_of_batch",
+    "vocabulary_loss",
     "write_columns",
 ]

@@ -18,3 +18,12 @@ def on_jax_cpu():
 
 def on_torch():
     return keras.backend.backend() == "torch"
+
+
+def shards_of_batch():
+    """Over how many devices `keras.distribution` spreads the rows of a batch."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]

@@ -7,6 +7,7 @@ from keras import ops
 from keras_gemma import checkpoints
 from keras_gemma import data
 from keras_gemma import generation
+from keras_gemma import kernels
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.backbone import refuse_wrong_export
@@ -14,6 +15,11 @@ from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
+from keras_gemma.training import NextTokenLoss
+from keras_gemma.training import Perplexity
+from keras_gemma.training import TokenAccuracy
+from keras_gemma.training import step
+from keras_gemma.training.objective import is_of_token_sums
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -61,37 +67,146 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     # === Training ===
 
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        gradient_accumulation_steps=1,
+        **kwargs,
+    ):
         """Configures training and sampling.
+
+        With the loss `keras_gemma.training.NextTokenLoss` and no metrics but `Perplexity` and `TokenAccuracy`, as by
+        default, `fit` and `evaluate` never form the logits of a whole batch. With any other loss or metric they do.
 
         Args:
             optimizer: as of `keras.Model.compile`; `"auto"` is Adam at 2e-5.
-            loss: as of `keras.Model.compile`; `"auto"` is the cross-entropy of the next token, divided by the
-                sum of the weights (not by the number of positions).
+            loss: as of `keras.Model.compile`; `"auto"` is `NextTokenLoss()`, the cross-entropy of the next token,
+                divided by the sum of the weights (not by the number of positions).
             weighted_metrics: as of `keras.Model.compile`; `"auto"` is `perplexity` and `token_accuracy` (where
                 keras-hub has `sparse_categorical_accuracy` alone).
             sampler: a keras-hub sampler or its name.
+            gradient_accumulation_steps: int. Into how many microbatches every batch is cut. One at a time is in memory;
+                their gradients make one step of the optimizer, equal to that of the whole batch, however the weights
+                are spread over the rows. (`gradient_accumulation_steps` of Keras' optimizers averages over batches
+                instead, whatever weight each has.)
             **kwargs: passed to `keras.Model.compile`.
+
+        Raises:
+            ValueError: for fewer than one accumulation step.
         """
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight", name="loss"
+        if gradient_accumulation_steps < 1:
+            raise ValueError(
+                "`gradient_accumulation_steps` cuts a batch into at least 1 part. "
+                f"Received: {gradient_accumulation_steps}"
             )
+        if loss == "auto":
+            loss = NextTokenLoss()
         if weighted_metrics == "auto":
-            weighted_metrics = [
-                keras_hub.metrics.Perplexity(from_logits=True, name="perplexity"),
-                keras.metrics.SparseCategoricalAccuracy(name="token_accuracy"),
-            ]
-        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+            weighted_metrics = [Perplexity(), TokenAccuracy()]
+        needs_no_logits = (
+            isinstance(loss, NextTokenLoss)
+            and not kwargs.get("metrics")
+            and all(is_of_token_sums(metric) for metric in weighted_metrics or ())
+        )
+        # Not among the attributes that Keras tracks: it would list them as metrics for good.
+        self.__dict__["_token_metrics"] = list(weighted_metrics or ()) if needs_no_logits else None
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=None if needs_no_logits else weighted_metrics,
+            sampler=sampler,
+            **kwargs,
+        )
 
     def get_compile_config(self):
         config = super().get_compile_config()
-        return {**config, "sampler": keras_hub.samplers.serialize(self.sampler)} if config else config
+        if not config:
+            return config
+        if self._token_metrics is not None:
+            config["weighted_metrics"] = keras.saving.serialize_keras_object(self._token_metrics)
+        return {
+            **config,
+            "sampler": keras_hub.samplers.serialize(self.sampler),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
 
     def compile_from_config(self, config):
         # Keras skips this for a class with its own `compile`; ours takes what `get_compile_config` gives.
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self):
+        return [*super().metrics, *(self.__dict__.get("_token_metrics") or ())]
+
+    def train_step(self, *args):
+        return step.train_step(self, *args, microbatches=self.gradient_accumulation_steps)
+
+    def test_step(self, *args):
+        return step.test_step(self, *args)
+
+    def outcome_of(self, batch, total_weight, share, training):
+        """The forward pass of a step. See `keras_gemma.training.step`.
+
+        Args:
+            batch: a `Microbatch`.
+            total_weight: float scalar, the sum of the weights of the whole batch.
+            share: float scalar, the part of it that this microbatch has.
+            training: bool.
+
+        Returns:
+            The microbatch's part of the loss, and `TokenSums`, or logits where loss or metrics want them.
+        """
+        if self._trains_without_logits:
+            loss, outcome = self._loss_and_token_sums(batch, total_weight, training)
+            return loss + sum((ops.sum(added) for added in self.losses), start=0.0) * share, outcome
+        logits = self(batch.x, training=training)
+        loss = self.compute_loss(
+            x=batch.x, y=batch.y, y_pred=logits, sample_weight=batch.sample_weight, training=training
+        )
+        return loss * share, logits
+
+    def logs_with(self, loss, outcome, batch, total_weight):
+        """Adds the outcome of a microbatch to the metrics and returns their results. See `keras_gemma.training.step`.
+
+        The mean loss of an epoch is that of its tokens, not of its batches.
+        """
+        self._loss_tracker.total.assign_add(loss * total_weight)
+        self._loss_tracker.count.assign_add(step.weight_of(batch))
+        if not self._trains_without_logits:
+            return self.compute_metrics(batch.x, batch.y, outcome, batch.sample_weight)
+        for metric in self._token_metrics:
+            metric.add(outcome)
+        return self.get_metrics_result()
+
+    @property
+    def _trains_without_logits(self):
+        # A subclass that overrides either expects logits there.
+        cls = type(self)
+        overridden = (
+            cls.compute_loss is not GemmaCausalLM.compute_loss
+            or cls.compute_metrics is not GemmaCausalLM.compute_metrics
+        )
+        return self._token_metrics is not None and not overridden
+
+    def _loss_and_token_sums(self, batch, total_weight, training):
+        weights = ops.cast(step.weights_of(batch), "float32")
+        if len(weights.shape) < len(batch.y.shape):
+            weights = ops.broadcast_to(weights[:, None], ops.shape(batch.y))
+        # Divided before and not after: the gradient of the embeddings, the largest there is, then needs no division.
+        weights = weights / total_weight
+        embedding = self.backbone.token_embedding
+        hidden = self.backbone(batch.x, training=training)
+        if embedding.quantization_mode is None:
+            sums = kernels.vocabulary_loss(hidden, embedding.embeddings, batch.y, weights, self.loss.z_loss)
+        else:
+            sums = kernels.logits_loss(embedding(hidden, reverse=True), batch.y, weights, self.loss.z_loss)
+        return sums.objective, kernels.TokenSums(*(value * total_weight for value in sums))
 
     def fit(
         self,

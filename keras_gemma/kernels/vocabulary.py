@@ -1,0 +1,245 @@
+"""Cross-entropy over a large vocabulary, a few tokens at a time.
+
+With 256,000 rows the logits of a batch are the largest tensor in training. They are formed here for a chunk of
+tokens, turned into the loss and, on JAX, at once into its gradients, and forgotten.
+"""
+
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_gemma.kernels.platform import on_jax
+from keras_gemma.kernels.platform import on_jax_cpu
+from keras_gemma.kernels.platform import shards_of_batch
+from keras_gemma.kernels.products import einsum_float32
+
+# Enough rows for the matrix unit to be busy, few enough for their logits to be small.
+TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE_ON_CPU = 256
+
+
+class TokenSums(NamedTuple):
+    """Float32 scalars, summed over the tokens of a batch with their weights.
+
+    Attributes:
+        objective: cross-entropy in nats and z-loss. The only one that has gradients.
+        cross_entropy: cross-entropy in nats.
+        correct: tokens that the largest logit names.
+        weight: the weights themselves.
+    """
+
+    objective: Any
+    cross_entropy: Any
+    correct: Any
+    weight: Any
+
+
+def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
+    """Cross-entropy of the logits `hidden · embeddingsᵀ`, without the tensor `[B, T, V]` forwards or backwards.
+
+    Logits, softmax and sums are float32; operands of the products keep the dtype of `hidden`. On JAX the gradients
+    are formed in the forward pass, while a chunk's logits are at hand, and accumulated in float32. Elsewhere the
+    backward pass computes the logits of each chunk once more.
+
+    The z-loss adds `z_loss · log²Z`, where `Z` is the sum of the exponentials of a token's logits (Chowdhery et al.,
+    arXiv 2204.02311, section 5).
+
+    Args:
+        hidden: float tensor `[B, T, D]`.
+        embeddings: float tensor `[V, D]`.
+        targets: int tensor `[B, T]`, in `[0, V)`.
+        weights: float tensor `[B, T]`, 0 where a token does not count.
+        z_loss: float. Coefficient of the z-loss.
+
+    Returns:
+        `TokenSums`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.kernels import vocabulary_loss
+    >>> hidden, embeddings = np.zeros((1, 3, 2), "float32"), np.zeros((4, 2), "float32")
+    >>> sums = vocabulary_loss(hidden, embeddings, np.zeros((1, 3), "int32"), np.ones((1, 3), "float32"))
+    >>> round(float(sums.cross_entropy), 4), float(sums.weight)
+    (4.1589, 3.0)
+    """
+    weights = ops.cast(weights, "float32")
+    hidden, embeddings, targets = (ops.convert_to_tensor(x) for x in (hidden, embeddings, targets))
+    length = hidden.shape[1]
+    width = length and _columns_at_once(hidden.shape[0], length)
+    if on_jax():
+        chunked = _chunks(hidden, targets, weights, width)
+        objective, (cross_entropy, correct) = _jax_sums()(*chunked[:1], embeddings, *chunked[1:], z_loss)
+    else:
+        objective, cross_entropy, correct = _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width)
+    return TokenSums(objective, cross_entropy, correct, ops.sum(weights))
+
+
+def logits_loss(logits, targets, weights, z_loss=0.0):
+    """`vocabulary_loss` of logits `[B, T, V]` that are there already."""
+    weights = ops.cast(weights, "float32")
+    *sums, _ = _sums_of_logits(ops.cast(logits, "float32"), targets, weights, z_loss)
+    return TokenSums(*sums, ops.sum(weights))
+
+
+def _columns_at_once(batch, length):
+    """Columns of a chunk: its tokens come from all rows, so that devices that share the batch all have work."""
+    tokens = TOKENS_AT_ONCE_ON_CPU if on_jax_cpu() else TOKENS_AT_ONCE * shards_of_batch()
+    columns = min(length, max(1, tokens // (batch or 1)))
+    chunks = -(-length // columns)
+    return -(-length // chunks)
+
+
+def _chunks(hidden, targets, weights, width):
+    """`[B, T, …]` → `[chunks, B, width, …]`; columns that fill the last chunk up have no weight."""
+    chunks = -(-hidden.shape[1] // width)
+    missing = chunks * width - hidden.shape[1]
+
+    def split(x):
+        x = ops.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+        return ops.moveaxis(ops.reshape(x, (x.shape[0], chunks, width, *x.shape[2:])), 1, 0)
+
+    return split(hidden), split(targets), split(weights)
+
+
+def _sums_of_logits(logits, targets, weights, z_loss):
+    """Sums of a chunk `[…, V]`, and its log-normalisers `[…, 1]`."""
+    largest = ops.max(logits, axis=-1, keepdims=True)
+    log_normaliser = ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True)) + largest
+    of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    losses = log_normaliser[..., 0] - of_target
+    cross_entropy = ops.sum(weights * losses)
+    objective = cross_entropy + z_loss * ops.sum(weights * ops.square(log_normaliser[..., 0]))
+    correct = ops.sum(weights * ops.cast(of_target >= largest[..., 0], "float32"))
+    return objective, cross_entropy, correct, log_normaliser
+
+
+def _is_target(logits, targets):
+    # A comparison and not a gather: it fuses, and a vocabulary cut over devices stays where it is.
+    columns = ops.arange(logits.shape[-1], dtype="int32")
+    return columns == ops.cast(targets, "int32")[..., None]
+
+
+# === JAX: gradients in the forward pass ===
+
+
+@functools.cache
+def _jax_sums():
+    """Function of chunks `[C, B, t, …]` to the objective, with gradients, and the other two sums, without."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def sums(hidden, embeddings, targets, weights, z_loss):
+        table = embeddings.astype(hidden.dtype)
+
+        def add_chunk(totals, chunk):
+            hidden, targets, weights = chunk
+            *new, _ = _sums_of_logits(einsum_float32("btd,vd->btv", hidden, table), targets, weights, z_loss)
+            return [total + one for total, one in zip(totals, new)], None
+
+        (objective, *others), _ = lax.scan(add_chunk, [jnp.float32(0)] * 3, (hidden, targets, weights))
+        return objective, tuple(others)
+
+    def forward(hidden, embeddings, targets, weights, z_loss):
+        into_table = embeddings.perturbed
+        hidden, embeddings, targets, weights = (x.value for x in (hidden, embeddings, targets, weights))
+        table = embeddings.astype(hidden.dtype)
+        gradients_of = _gradients_in_cache if _exact_in_float32(hidden) else _gradients_of_errors
+
+        def add_chunk(carry, chunk):
+            totals, of_table = carry
+            new, of_hidden, add_to = gradients_of(table, *chunk, z_loss)
+            of_table = add_to(of_table) if into_table else None
+            return ([total + one for total, one in zip(totals, new)], of_table), of_hidden.astype(hidden.dtype)
+
+        start = [jnp.float32(0)] * 3, jnp.zeros(table.shape, "float32") if into_table else None
+        ((objective, *others), of_table), of_hidden = lax.scan(add_chunk, start, (hidden, targets, weights))
+        # The dtype that the gradient must have; it was accumulated in float32.
+        of_table = of_table.astype(embeddings.dtype) if into_table else None
+        return (objective, tuple(others)), (of_hidden, of_table)
+
+    def backward(z_loss, gradients, cotangents):
+        scale = cotangents[0]
+        if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+            scale = 0.0
+        of_hidden, of_table = (x if x is None else (x * scale).astype(x.dtype) for x in gradients)
+        return of_hidden, of_table, None, None
+
+    sums.defvjp(forward, backward, symbolic_zeros=True)
+    return sums
+
+
+def _gradients_of_errors(table, hidden, targets, weights, z_loss):
+    """Sums of a chunk, its gradient for `hidden`, and a function that adds the one for `table` to a tensor."""
+    logits = einsum_float32("btd,vd->btv", hidden, table)
+    *sums, log_normaliser = _sums_of_logits(logits, targets, weights, z_loss)
+    probabilities = ops.exp(logits - log_normaliser) * (1.0 + 2.0 * z_loss * log_normaliser)
+    errors = weights[..., None] * (probabilities - ops.cast(_is_target(logits, targets), "float32"))
+    # Not before: near a probability of 1 the difference would be lost in bfloat16.
+    errors = ops.cast(errors, hidden.dtype)
+
+    def add_to(of_table):
+        return of_table + einsum_float32("btv,btd->vd", errors, hidden)
+
+    return sums, einsum_float32("btv,vd->btd", errors, table), add_to
+
+
+def _exact_in_float32(hidden):
+    return on_jax_cpu() and str(hidden.dtype) == "float32" and shards_of_batch() == 1
+
+
+def _gradients_in_cache(table, hidden, targets, weights, z_loss):
+    """As `_gradients_of_errors`, with fewest passes over the logits, which are what costs time on a CPU.
+
+    The exponentials go into the products as they are, and normaliser, weight and target are dealt with in the small
+    tensors on the other side.
+    """
+    from jax import lax
+
+    shape = hidden.shape
+    hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    logits = einsum_float32("td,vd->tv", hidden, table)
+    largest = ops.max(logits, axis=-1)
+    of_target = ops.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # Without the barrier XLA computes the exponentials anew for each of their three uses.
+    exponentials = lax.optimization_barrier(ops.exp(logits - largest[:, None]))
+    normaliser = ops.sum(exponentials, axis=-1)
+    log_normaliser = ops.log(normaliser) + largest
+
+    cross_entropy = ops.sum(weights * (log_normaliser - of_target))
+    objective = cross_entropy + z_loss * ops.sum(weights * ops.square(log_normaliser))
+    correct = ops.sum(weights * ops.cast(of_target >= largest, "float32"))
+
+    scale = (weights * (1.0 + 2.0 * z_loss * log_normaliser) / normaliser)[:, None]
+    of_hidden = ops.matmul(exponentials, table) * scale - weights[:, None] * ops.take(table, targets, axis=0)
+
+    def add_to(of_table):
+        of_table = of_table + einsum_float32("tv,td->vd", exponentials, hidden * scale)
+        return of_table.at[targets].add(-weights[:, None] * hidden)
+
+    return (objective, cross_entropy, correct), of_hidden.reshape(shape), add_to
+
+
+# === Elsewhere: chunks that the backward pass computes once more ===
+
+
+def _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width):
+    table = ops.cast(embeddings, hidden.dtype)
+
+    @keras.remat
+    def sums(hidden, table, targets, weights):
+        return _sums_of_logits(einsum_float32("btd,vd->btv", hidden, table), targets, weights, z_loss)[:3]
+
+    length = hidden.shape[1]
+    if not length:
+        return sums(hidden, table, targets, weights)
+    parts = [
+        sums(hidden[:, i : i + width], table, targets[:, i : i + width], weights[:, i : i + width])
+        for i in range(0, length, width)
+    ]
+    return [sum(values) for values in zip(*parts)]
