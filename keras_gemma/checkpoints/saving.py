@@ -19,6 +19,8 @@ BYTES_OF_GB = 1024**3
 STAGING_PREFIX = ".saving-"
 FORMER_CONFIG = "former_config.json"
 CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
+# How a backbone is trained and not what it is; keras-hub's does not know them.
+CONFIG_OF_TRAINING = ("recompute", "scan_layers")
 # Of an earlier save, and no longer true beside a new backbone.
 BACKBONE_FILES = (
     hub.MODEL_WEIGHTS_FILE,
@@ -179,7 +181,8 @@ def _for_keras_hub(config):
         return [_for_keras_hub(item) for item in config]
     if not isinstance(config, dict):
         return config
-    config = {key: _for_keras_hub(value) for key, value in config.items() if key not in CONFIG_OF_THIS_PROCESS}
+    left_out = CONFIG_OF_THIS_PROCESS + CONFIG_OF_TRAINING
+    config = {key: _for_keras_hub(value) for key, value in config.items() if key not in left_out}
     name = config.get("class_name")
     if str(config.get("registered_name")).startswith("keras_gemma>") and hub.module_of(name):
         config.update(module=hub.module_of(name), registered_name=f"keras_hub>{name}")

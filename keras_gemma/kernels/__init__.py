@@ -10,6 +10,9 @@ from keras_gemma.kernels.attention import cached_attention
 from keras_gemma.kernels.attention import causal_attention
 from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
+from keras_gemma.kernels.layer_stack import named
+from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
@@ -22,6 +25,7 @@ from keras_gemma.kernels.vocabulary import logits_loss
 from keras_gemma.kernels.vocabulary import vocabulary_loss
 
 __all__ = [
+    "RECOMPUTE_POLICIES",
     "TokenSums",
     "cached_attention",
     "causal_attention",
@@ -29,10 +33,12 @@ __all__ = [
     "first_argmax",
     "in_row_chunks",
     "logits_loss",
+    "named",
     "prefers_packed_weights",
     "project",
     "prompt_attention",
     "rotate",
+    "run_layers",
     "shards_of_batch",
     "vocabulary_loss",
     "write_columns",

@@ -3,6 +3,9 @@ from keras import ops
 
 from keras_gemma import kernels
 
+# What a recomputation policy calls them.
+NAMES_OF_HEADS = ("query", "key", "value")
+
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
 class GemmaAttention(keras.layers.Layer):
@@ -55,8 +58,9 @@ class GemmaAttention(keras.layers.Layer):
 
     def call(self, x, sine, cosine, segment_ids, training=None):
         query, key, value = self.project(x, sine, cosine)
+        query, key, value = (kernels.named(x, name) for x, name in zip((query, key, value), NAMES_OF_HEADS))
         attended = kernels.causal_attention(query, key, value, segment_ids, self._weight_dropout(training))
-        return self.output_dense(attended)
+        return self.output_dense(kernels.named(attended, "attended"))
 
     def project(self, x, sine, cosine):
         """Rotated and scaled query `[B, T, N, H]`, rotated key and value `[B, T, K, H]`."""

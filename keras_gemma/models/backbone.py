@@ -4,7 +4,9 @@ import numpy as np
 from keras import ops
 
 from keras_gemma import checkpoints
+from keras_gemma import kernels
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
+from keras_gemma.models.packed_inputs import PACKED_INPUTS
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
@@ -12,6 +14,7 @@ from keras_gemma.models.reversible_embedding import ReversibleEmbedding
 from keras_gemma.models.rms_normalization import RMSNormalization
 from keras_gemma.models.rotary_embedding import RotaryEmbedding
 
+INPUTS = ("token_ids", "padding_mask", *PACKED_INPUTS)
 # keras-hub's constructor serves Gemma 2 too. Gemma 1 has these values and no others.
 GEMMA_1_ONLY = {
     "query_head_dim_normalize": True,
@@ -62,6 +65,14 @@ class GemmaBackbone(keras_hub.models.Backbone):
         head_dim: int, `H`; even.
         layer_norm_epsilon: float.
         dropout: float. Share of attention weights dropped in training.
+        recompute: what training keeps of every block for the backward pass, the rest being computed once more:
+            `"none"` keeps everything, `"dots"` the results of products with weights (the speed of JAX suffers little
+            from it), `"block"` only the block's input. Or a JAX checkpoint policy, which may choose among the names
+            `"query"`, `"key"`, `"value"`, `"attended"` and `"gated"`. TensorFlow and torch take `"dots"` and policies
+            for `"block"`. May be set later, too, before `compile`. Not part of a preset.
+        scan_layers: bool or `"auto"`. Whether compiled training on JAX runs the blocks as one scanned program, whose
+            size and compile time do not grow with their number; variables stay those of each block. `"auto"` does so
+            on accelerators. Not part of a preset.
         dtype: a dtype policy or its name. Norms, rotary embedding, softmax and logits are float32 under
             every policy.
         query_head_dim_normalize, use_post_ffw_norm, use_post_attention_norm, attention_logit_soft_cap,
@@ -112,6 +123,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         sliding_window_size=4096,
         layer_norm_epsilon=1e-6,
         dropout=0,
+        recompute="none",
+        scan_layers="auto",
         dtype=None,
         **kwargs,
     ):
@@ -123,6 +136,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
             final_logit_soft_cap=final_logit_soft_cap,
             use_sliding_window_attention=use_sliding_window_attention,
         )
+        recompute = keras.saving.deserialize_keras_object(recompute) if isinstance(recompute, dict) else recompute
+        _check_training_settings(recompute, scan_layers)
 
         # === Layers ===
         self.token_embedding = ReversibleEmbedding(
@@ -175,6 +190,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.dropout = dropout
         self.sliding_window_size = sliding_window_size
+        self.recompute = recompute
+        self.scan_layers = scan_layers
         for name, value in GEMMA_1_ONLY.items():
             setattr(self, name, value)
 
@@ -182,8 +199,12 @@ class GemmaBackbone(keras_hub.models.Backbone):
         sine, cosine = self.rotary_embedding(token_ids, positions=positions)
         segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
         x = self.embedding_scale(self.token_embedding(token_ids))
-        for block in self.transformer_layers:
-            x = block(x, sine, cosine, segments, training=training)
+        if training:
+            settings = {"recompute": self.recompute, "scan": self.scan_layers}
+            x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **settings)
+        else:
+            for block in self.transformer_layers:
+                x = block(x, sine, cosine, segments)
         return self.layer_norm(x)
 
     def __call__(self, inputs, *args, **kwargs):
@@ -192,7 +213,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def call(self, inputs, training=None, mask=None):
         # `stateless_call`, and so `fit` on JAX, comes here without passing `__call__`.
         inputs = without_absent(inputs)
-        if is_packed(inputs):
+        if training or is_packed(inputs):
+            inputs = {name: ops.convert_to_tensor(inputs[name]) for name in INPUTS if name in inputs}
             return self._hidden_states(**inputs, training=training)
         return super().call(inputs, training=training, mask=mask)
 
@@ -265,6 +287,11 @@ class GemmaBackbone(keras_hub.models.Backbone):
             "sliding_window_size",
         ):
             config[name] = getattr(self, name)
+        recompute = self.recompute
+        config["recompute"] = (
+            recompute if isinstance(recompute, str) else keras.saving.serialize_keras_object(recompute)
+        )
+        config["scan_layers"] = self.scan_layers
         return config
 
     def export_to_transformers(self, path):
@@ -299,6 +326,14 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def save_to_preset(self, preset_dir, max_shard_size=10):
         """Saves the backbone as a preset. See `GemmaCausalLM.save_to_preset`."""
         checkpoints.save_backbone(self, preset_dir, max_shard_size=max_shard_size)
+
+
+def _check_training_settings(recompute, scan_layers):
+    if not callable(recompute) and recompute not in kernels.RECOMPUTE_POLICIES:
+        names = ", ".join(map(repr, kernels.RECOMPUTE_POLICIES))
+        raise ValueError(f"`recompute` is one of {names}, or a JAX checkpoint policy. Received: {recompute!r}")
+    if scan_layers not in (True, False, "auto"):
+        raise ValueError(f"`scan_layers` is True, False or 'auto'. Received: {scan_layers!r}")
 
 
 def _refuse_later_gemmas(**received):

@@ -1,5 +1,6 @@
 import keras
 
+from keras_gemma import kernels
 from keras_gemma.models.attention import GemmaAttention
 from keras_gemma.models.rms_normalization import RMSNormalization
 
@@ -87,7 +88,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         """The GeGLU branch of `x` `[B, T, D]`, without its residual."""
         x = self.pre_ffw_norm(x)
         gate = keras.activations.gelu(self.gating_ffw(x), approximate=True)
-        return self.ffw_linear(gate * self.gating_ffw_2(x))
+        return self.ffw_linear(kernels.named(gate * self.gating_ffw_2(x), "gated"))
 
     def compute_output_shape(self, input_shape, *args):
         return input_shape
