@@ -40,7 +40,7 @@ def blockwise_attention(query, key, value, segment_ids, blocks=None):
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    blocks = blocks or _default_blocks(group)
+    blocks = blocks or _default_blocks(length, group)
     missing = -length % max(blocks)
     query, key, value = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (query, key, value))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
@@ -53,11 +53,12 @@ def blockwise_attention(query, key, value, segment_ids, blocks=None):
     return attended.reshape(batch, -1, heads, head_dim)[:, :length]
 
 
-def _default_blocks(group):
+def _default_blocks(length, group):
     if on_jax_cpu():
         # A tile of scores of one key-value head stays in the cache.
         return Blocks(queries=64 if group >= 4 else 128, keys=64)
-    return Blocks(queries=256, keys=512)
+    whole_row = 1 << (length - 1).bit_length()
+    return Blocks(queries=min(256, whole_row), keys=min(512, whole_row))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
