@@ -27,12 +27,10 @@ def cudnn_attention(query, key, value, segment_ids):
     Returns:
         A tensor `[B, T, N, H]`; at padded positions it is finite but meaningless.
     """
-    return lax.cond(
-        _only_causal(segment_ids), _causal_attention, blockwise_attention, query, key, value, segment_ids
-    )
+    return lax.cond(only_causal(segment_ids), _causal_attention, blockwise_attention, query, key, value, segment_ids)
 
 
-def _only_causal(segment_ids):
+def only_causal(segment_ids):
     """Whether no real position has an earlier position of another segment."""
     return jnp.all((segment_ids[:, 1:] == segment_ids[:, :-1]) | (segment_ids[:, 1:] == 0))
 

@@ -36,7 +36,7 @@ def splash_attention(query, key, value, segment_ids, longest_block=LONGEST_BLOCK
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    block, padded = _block_and_padded_length(length, longest_block)
+    block, padded = block_and_padded_length(length, longest_block)
     missing = padded - length
     query, key, value = (
         jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (query, key, value)
@@ -50,7 +50,7 @@ def splash_attention(query, key, value, segment_ids, longest_block=LONGEST_BLOCK
     return attended[:, :length].astype(value.dtype)
 
 
-def _block_and_padded_length(length, longest_block):
+def block_and_padded_length(length, longest_block):
     """The least padding with the fewest blocks."""
     count = -(-length // longest_block)
     block = -(-length // (count * LANES)) * LANES
