@@ -71,12 +71,16 @@ def _differentiate(function, inputs, upstream):
     return value, *tape.gradient(value, inputs, upstream)
 
 
-def assert_as_plain(attend, arrays, segment_ids, dtype="float32", atol=2e-5):
+def assert_close(received, expected, tolerance=5e-6):
+    """The tolerance is a share of the largest number."""
+    for name, x, y in zip(("attended", "query", "key", "value"), received, expected):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=name)
+
+
+def assert_as_plain(attend, arrays, segment_ids, dtype="float32", tolerance=5e-6):
     expected = results(attention.plain_attention, arrays, segment_ids, dtype)
-    received = results(attend, arrays, segment_ids, dtype)
-    for name, x, y in zip(("value", "query", "key", "value"), received, expected):
-        assert np.abs(y).max() > 0.1
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=name)
+    assert min(np.abs(x).max() for x in expected) > 0.1
+    assert_close(results(attend, arrays, segment_ids, dtype), expected, tolerance)
 
 
 # === All backends ===
@@ -100,14 +104,33 @@ def test_recomputed_attention(heads):
 
 
 @pytest.mark.multi_backend
+@pytest.mark.skipif(BACKEND != "torch", reason="only torch shows what it keeps")
+def test_recomputed_attention_keeps_no_weights():
+    import torch
+
+    inputs = [torch.tensor(x, requires_grad=True) for x in operands(64, 2, 1, 4)[:3]]
+    kept = []
+
+    def largest_kept(attend):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            attend(*inputs, torch.ones((2, 64), dtype=torch.int32))
+        return max(kept)
+
+    assert largest_kept(attention.plain_attention) >= 64**2
+    assert largest_kept(partial(attention.recomputed_attention, block=8)) <= inputs[0].numel()
+
+
+@pytest.mark.multi_backend
 @pytest.mark.parametrize("length", [1, attention.WHOLE_SCORES + 1])
 def test_causal_attention(length):
     from keras_gemma.kernels import causal_attention
 
     arrays, segment_ids = operands(length, *HEADS["2b"]), segments(length)
     expected = results(attention.plain_attention, arrays, segment_ids)
+    # Of a single token the gradients of query and key are zero.
     for x, y in zip(results(causal_attention, arrays, segment_ids), expected):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(x, y, rtol=0, atol=5e-5)
 
 
 @pytest.mark.multi_backend
@@ -131,9 +154,7 @@ def in_blocks(queries, keys):
 
 
 @on_jax_only
-@pytest.mark.parametrize(
-    "heads, blocks, length", [("2b", (16, 8), 50), ("7b", (8, 16), 48), ("grouped", (16, 16), 33)]
-)
+@pytest.mark.parametrize("heads, blocks, length", [("2b", (16, 8), 50), ("7b", (8, 16), 48), ("grouped", (16, 16), 33)])
 def test_blockwise_attention(heads, blocks, length):
     assert_as_plain(in_blocks(*blocks), operands(length, *HEADS[heads]), segments(length))
 
@@ -160,12 +181,12 @@ def test_blockwise_attention_skips_tiles_of_other_segments():
 
 
 @on_jax_only
-def test_blockwise_attention_in_bfloat16_rounds_its_results_only():
+def test_blockwise_attention_in_bfloat16():
+    # Within two roundings of the largest number, as the plain one.
     arrays, segment_ids = operands(50, *HEADS["2b"]), segments(50)
     arrays = [np.asarray(ops.cast(ops.cast(x, "bfloat16"), "float32")) for x in arrays]
     expected = results(attention.plain_attention, arrays, segment_ids)
-    for x, y in zip(results(in_blocks(16, 8), arrays, segment_ids, "bfloat16"), expected):
-        np.testing.assert_allclose(x, y, rtol=2**-7, atol=2**-8 * np.abs(y).max())
+    assert_close(results(in_blocks(16, 8), arrays, segment_ids, "bfloat16"), expected, tolerance=2**-7)
 
 
 @on_jax_only
@@ -189,8 +210,7 @@ def test_blockwise_attention_in_a_scan_over_recomputed_layers():
         return jax.lax.scan(layer, query, np.array([1.0, 0.5], "float32"))[0]
 
     expected = results(partial(layers, attention.plain_attention), arrays, segment_ids)
-    for x, y in zip(results(partial(layers, in_blocks(16, 8)), arrays, segment_ids), expected):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+    assert_close(results(partial(layers, in_blocks(16, 8)), arrays, segment_ids), expected)
 
 
 def largest_tensor(attend, length):
@@ -275,12 +295,12 @@ def test_splash_attention_interpreted(heads, length):
 
 @on_jax_only
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, atol", [("float32", 2e-5), ("bfloat16", 0.07)])
-def test_splash_attention_interpreted_with_many_rows_and_heads(dtype, atol):
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-6), ("bfloat16", 2**-6)])
+def test_splash_attention_interpreted_with_many_rows_and_heads(dtype, tolerance):
     from keras_gemma.kernels.splash_attention import splash_attention
 
     attend = partial(splash_attention, longest_block=128, interpret=True)
-    assert_as_plain(attend, operands(300, *HEADS["grouped"]), segments(300), dtype, atol)
+    assert_as_plain(attend, operands(300, *HEADS["grouped"]), segments(300), dtype, tolerance)
 
 
 @on_jax_only
@@ -338,13 +358,61 @@ def test_the_kernel_of_each_platform(monkeypatch):
     assert names("float32", "bfloat16") == ["blockwise_attention", "cudnn_attention"]
 
 
+COMPILED_FOR_TPU = """
+import jax, keras, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from keras_gemma.kernels import causal_attention
+
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], devices=devices)
+distribution = keras.distribution.ModelParallel(
+    layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name="batch", auto_shard_dataset=False
+)
+
+def shape(dtype, dims, *axes):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh.backend_mesh, PartitionSpec(*axes)))
+
+def gradients(query, key, value, upstream, segment_ids):
+    attended, pull = jax.vjp(lambda *x: causal_attention(*x, segment_ids), query, key, value)
+    return pull(upstream)
+
+length = 4096
+query = shape("bfloat16", (2, length, 8, 256), "batch", None, "model")
+key = shape("bfloat16", (2, length, 1, 256), "batch")
+with distribution.scope():
+    traced = jax.jit(gradients).trace(query, key, key, query, shape("int32", (2, length), "batch"))
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+text = compiled.as_text()
+assert "splash_mqa_dkv_segmented" in text and "all-gather(" not in text
+# Four query heads and one row a chip.
+assert compiled.memory_analysis().temp_size_in_bytes < 4 * length**2
+"""
+
+
+@on_jax_only
+@pytest.mark.slow
+def test_splash_attention_compiles_for_a_tpu_mesh():
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_TPU], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @on_jax_only
 @pytest.mark.tpu
 @pytest.mark.parametrize("heads", [(8, 1, 256), (16, 16, 256)])
 def test_splash_attention_on_a_tpu(heads):
     from keras_gemma.kernels import causal_attention
 
-    assert_as_plain(causal_attention, operands(1100, *heads), segments(1100), "bfloat16", atol=0.15)
+    assert_as_plain(causal_attention, operands(1100, *heads), segments(1100), "bfloat16", tolerance=2**-6)
 
 
 @on_jax_only
@@ -359,6 +427,6 @@ def test_cudnn_attention_on_a_gpu(heads, packed):
     # A padded position counts in no loss.
     arrays = [*inputs, upstream * (segment_ids > 0)[:, :, None, None]]
     expected = results(attention.plain_attention, arrays, segment_ids, "bfloat16")
-    for x, y in zip(results(causal_attention, arrays, segment_ids, "bfloat16"), expected):
-        real = segment_ids > 0
-        np.testing.assert_allclose(x[real], y[real], rtol=0, atol=0.15)
+    received = results(causal_attention, arrays, segment_ids, "bfloat16")
+    real = segment_ids > 0
+    assert_close([x[real] for x in received], [x[real] for x in expected], tolerance=2**-6)
