@@ -1,12 +1,20 @@
 """Attention with grouped heads: causal over a sequence, over a prompt, and of new tokens over a cache."""
 
+from functools import partial
+
+import keras
 from keras import ops
 
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.products import einsum_float32
 
 MASKED_SCORE = -1e30
+# Longest sequences whose scores are one tensor on JAX: on a CPU blocks are no faster, and a TPU's are no shorter.
+WHOLE_SCORES = 128
+# Queries whose weights are computed again for the gradients, where no kernel does it.
+RECOMPUTED_BLOCK = 512
 # Queries of a prompt that share one slice of keys. Short slices skip more of the masked half, and each is compiled.
 SEGMENT = 256
 SEGMENT_ON_ACCELERATOR = 1024
@@ -17,24 +25,77 @@ QUERIES_IN_CACHE = 128
 def causal_attention(query, key, value, segment_ids, dropout=None):
     """Attention of every position to itself and the earlier positions of its own segment.
 
-    Padding is a segment of its own (0), so a padded position attends to padding only and nothing attends to it.
+    Earlier means in an earlier column. Within a segment that is the order of the rotary positions, packed or padded,
+    so the positions themselves are needed by the rotation of query and key only.
+
+    Padding is a segment of its own (0): no real position attends to it, and what stands at padded positions of the
+    result is finite but meaningless. Weights are float32 until they meet the values.
+
+    Long sequences never form a tensor of `T × T`: on JAX Splash computes them on a TPU, cuDNN on an NVIDIA GPU what
+    it supports, and XLA the rest in blocks; on other backends blocks of queries are computed again for their
+    gradients.
 
     Args:
         query: float tensor `[B, T, N, H]`, already scaled.
         key: float tensor `[B, T, K, H]`; `K` divides `N`.
         value: float tensor `[B, T, K, H]`.
         segment_ids: int tensor `[B, T]`, 0 where padded.
-        dropout: optional callable applied to the attention weights.
+        dropout: optional callable applied to the attention weights, which then are whole tensors.
 
     Returns:
         A tensor `[B, T, N, H]` in the dtype of `value`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.kernels import causal_attention
+    >>> query, key = np.zeros((1, 3, 2, 4), "float32"), np.zeros((1, 3, 1, 4), "float32")
+    >>> value = np.array([[1.0], [3.0], [5.0]], "float32").reshape(1, 3, 1, 1) * np.ones(4, "float32")
+    >>> attended = causal_attention(query, key, value, np.array([[1, 1, 2]], "int32"))
+    >>> np.asarray(attended)[0, :, 0, 0].tolist()
+    [1.0, 2.0, 5.0]
     """
-    length = ops.shape(query)[1]
-    positions = ops.arange(length, dtype="int32")
-    earlier = positions[:, None] >= positions[None, :]
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = query.shape[1]
+    if dropout is not None or length is None:
+        return plain_attention(query, key, value, segment_ids, dropout)
+    if not on_jax():
+        return recomputed_attention(query, key, value, segment_ids)
+    if length <= WHOLE_SCORES:
+        return plain_attention(query, key, value, segment_ids)
+    from keras_gemma.kernels.jax_attention import jax_attention
+
+    return jax_attention(query, key, value, segment_ids)
+
+
+def plain_attention(query, key, value, segment_ids, dropout=None):
+    """What `causal_attention` computes, written down plainly: the reference of all other paths."""
+    return _attention_from(0, ops.shape(query)[1], query, key, value, segment_ids, dropout)
+
+
+def recomputed_attention(query, key, value, segment_ids, block=RECOMPUTED_BLOCK):
+    """`plain_attention` over blocks of queries whose weights are not kept for the gradients.
+
+    Args:
+        query, key, value, segment_ids: as of `causal_attention`.
+        block: int. Queries of a block.
+    """
+    length = query.shape[1]
+    if length <= block:
+        return plain_attention(query, key, value, segment_ids)
+    blocks = [
+        keras.remat(partial(_attention_from, start, min(start + block, length)))(query, key, value, segment_ids)
+        for start in range(0, length, block)
+    ]
+    return ops.concatenate(blocks, axis=1)
+
+
+def _attention_from(start, end, query, key, value, segment_ids, dropout=None):
+    """Attention `[B, end - start, N, H]` of the queries from `start` to `end`."""
+    columns = ops.arange(end, dtype="int32")
+    earlier = columns[start:, None] >= columns[None, :]
+    same_segment = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
     mask = ops.logical_and(earlier[None], same_segment)
-    return _grouped_attention(query, key, value, mask, dropout)
+    return _grouped_attention(query[:, start:end], key[:, :end], value[:, :end], mask, dropout)
 
 
 def prompt_attention(query, key, value, first_column):

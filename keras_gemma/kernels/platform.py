@@ -7,15 +7,6 @@ def on_jax():
     return keras.backend.backend() == "jax"
 
 
-def on_jax_cpu():
-    """Whether XLA compiles for a CPU, where the order of a product's operands decides its speed."""
-    if not on_jax():
-        return False
-    import jax
-
-    return jax.default_backend() == "cpu"
-
-
 def on_torch():
     return keras.backend.backend() == "torch"
 
@@ -27,3 +18,22 @@ def shards_of_batch():
         return 1
     mesh = distribution.device_mesh
     return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+def jax_platform():
+    """`"cpu"`, `"gpu"` or `"tpu"`: what XLA compiles for.
+
+    The devices of the active `keras.distribution` decide. They may be those of a TPU that is not there, when a
+    program is compiled ahead of time.
+    """
+    import jax
+
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return jax.default_backend()
+    return distribution.device_mesh.backend_mesh.devices.flat[0].platform
+
+
+def on_jax_cpu():
+    """Whether XLA compiles for a CPU, where the order of a product's operands decides its speed."""
+    return on_jax() and jax_platform() == "cpu"

@@ -1,0 +1,191 @@
+"""Causal attention in blocks under XLA: no tensor of length × length, neither forwards nor backwards.
+
+A block of queries meets one tile of keys after the other. Forwards a running maximum and sum make the softmax exact;
+backwards the weights are computed again from their log-sum-exp (arXiv 2307.08691, algorithms 1 and 2).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_gemma.kernels.platform import on_jax_cpu
+from keras_gemma.kernels.products import einsum_float32
+
+MASKED_SCORE = -1e30
+
+
+class Blocks(NamedTuple):
+    """How many queries, and how many keys, form one tile of scores."""
+
+    queries: int
+    keys: int
+
+
+def blockwise_attention(query, key, value, segment_ids, blocks=None):
+    """Attention of every position to itself and the earlier positions of its own segment.
+
+    Args:
+        query: float tensor `[B, T, N, H]`, already scaled.
+        key: float tensor `[B, T, K, H]`; `K` divides `N`.
+        value: float tensor `[B, T, K, H]`.
+        segment_ids: int tensor `[B, T]`.
+        blocks: `Blocks`, powers of two. By default what is fast on the platform.
+
+    Returns:
+        A tensor `[B, T, N, H]` in the dtype of `value`.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    group = heads // kv_heads
+    blocks = blocks or _default_blocks(length, group)
+    missing = -length % max(blocks)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (query, key, value))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
+    # The query heads of a group become rows, so that a tile is one plain matrix product.
+    query = query.reshape(batch, -1, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+    query = query.reshape(batch, kv_heads, -1, head_dim)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    attended = _attention(query, key, value, segment_ids, blocks)
+    attended = attended.reshape(batch, kv_heads, -1, group, head_dim).transpose(0, 2, 1, 3, 4)
+    return attended.reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+def _default_blocks(length, group):
+    if on_jax_cpu():
+        # A tile of scores of one key-value head stays in the cache.
+        return Blocks(queries=64 if group >= 4 else 128, keys=64)
+    whole_row = 1 << (length - 1).bit_length()
+    return Blocks(queries=min(256, whole_row), keys=min(512, whole_row))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(query, key, value, segment_ids, blocks):
+    """`[B, K, T * G, H]`, `[B, K, T, H]`, `[B, K, T, H]`, `[B, T]` → `[B, K, T * G, H]`."""
+    attended, _ = _forward(query, key, value, segment_ids, blocks)
+    return attended
+
+
+def _forward(query, key, value, segment_ids, blocks):
+    attended, log_sum_exp = _for_every_head(partial(_attend, blocks), blocks, segment_ids, query, key, value)
+    return attended, (query, key, value, segment_ids, attended, log_sum_exp)
+
+
+def _backward(blocks, saved, gradient):
+    query, key, value, segment_ids, attended, log_sum_exp = saved
+    # What the normalisation of the weights takes from the gradient of every score of a query.
+    mean = jnp.sum(attended.astype("float32") * gradient.astype("float32"), axis=-1)
+    tensors = (query, key, value, gradient, log_sum_exp, mean)
+    return (*_for_every_head(partial(_attend_back, blocks), blocks, segment_ids, *tensors), None)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _for_every_head(function, blocks, segment_ids, *tensors):
+    """`function(segment_ids [T], first_tiles [T / queries], *tensors)` over the first two axes of `[B, K, ...]`.
+
+    A CPU takes one head after the other. Wide machines take all at once, and so share the earliest first tiles.
+    """
+    first_tiles = _first_tiles(blocks, segment_ids)
+    axes = [0 for _ in tensors]
+    if not on_jax_cpu():
+        over_heads = jax.vmap(function, in_axes=(None, None, *axes))
+        return jax.vmap(over_heads, in_axes=(0, None, *axes))(segment_ids, jnp.min(first_tiles, axis=0), *tensors)
+
+    def over_heads(row):
+        segment_ids, first_tiles, *tensors = row
+        return lax.map(lambda head: function(segment_ids, first_tiles, *head), tuple(tensors))
+
+    return lax.map(over_heads, (segment_ids, first_tiles, *tensors))
+
+
+def _first_tiles(blocks, segment_ids):
+    """Index `[B, T / queries]` of the first tile of keys whose segments a block of queries may see."""
+    batch, length = segment_ids.shape
+    of_block = segment_ids.reshape(batch, length // blocks.queries, blocks.queries)
+    lowest, highest = jnp.min(of_block, axis=-1, keepdims=True), jnp.max(of_block, axis=-1, keepdims=True)
+    ids = segment_ids[:, None, :]
+    return jnp.argmax((lowest <= ids) & (ids <= highest), axis=-1).astype("int32") // blocks.keys
+
+
+def _attend(blocks, segment_ids, first_tiles, query, key, value):
+    """`[T * G, H]`, `[T, H]`, `[T, H]` → attended `[T * G, H]` and log-sum-exp `[T * G]`."""
+    rows = query.shape[0] // first_tiles.shape[0]
+
+    def block(index):
+        queries = _slice(query, index, rows)
+
+        def tile(tile_index, running):
+            largest, total, attended = running
+            keys, values = _slice(key, tile_index, blocks.keys), _slice(value, tile_index, blocks.keys)
+            scores = _scores(blocks, segment_ids, index, tile_index, queries, keys)
+            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+            weights, scale = jnp.exp(scores - new_largest), jnp.exp(largest - new_largest)
+            total = total * scale + jnp.sum(weights, axis=-1, keepdims=True)
+            attended = attended * scale + einsum_float32("qs,sh->qh", weights.astype(value.dtype), values)
+            return new_largest, total, attended
+
+        start = jnp.full((rows, 1), MASKED_SCORE), jnp.zeros((rows, 1)), jnp.zeros(queries.shape)
+        largest, total, attended = lax.fori_loop(first_tiles[index], _tiles_until(blocks, index), tile, start)
+        return (attended / total).astype(value.dtype), (largest + jnp.log(total))[:, 0]
+
+    attended, log_sum_exp = lax.map(block, jnp.arange(first_tiles.shape[0]))
+    return attended.reshape(query.shape), log_sum_exp.reshape(-1)
+
+
+def _attend_back(blocks, segment_ids, first_tiles, query, key, value, gradient, log_sum_exp, mean):
+    """Gradients of query `[T * G, H]`, key `[T, H]` and value `[T, H]` from that of what was attended `[T * G, H]`."""
+    rows = query.shape[0] // first_tiles.shape[0]
+
+    def block(index, gradients):
+        of_query, of_key, of_value = gradients
+        queries, gradient_rows = _slice(query, index, rows), _slice(gradient, index, rows)
+        shift, means = _slice(log_sum_exp, index, rows)[:, None], _slice(mean, index, rows)[:, None]
+
+        def tile(tile_index, gradients):
+            of_queries, of_key, of_value = gradients
+            keys, values = _slice(key, tile_index, blocks.keys), _slice(value, tile_index, blocks.keys)
+            weights = jnp.exp(_scores(blocks, segment_ids, index, tile_index, queries, keys) - shift)
+            of_weights = einsum_float32("qh,sh->qs", gradient_rows, values)
+            of_scores = (weights * (of_weights - means)).astype(query.dtype)
+            of_queries = of_queries + einsum_float32("qs,sh->qh", of_scores, keys)
+            of_key = _add(of_key, tile_index, einsum_float32("qs,qh->sh", of_scores, queries))
+            weights = weights.astype(gradient.dtype)
+            of_value = _add(of_value, tile_index, einsum_float32("qs,qh->sh", weights, gradient_rows))
+            return of_queries, of_key, of_value
+
+        start = jnp.zeros(queries.shape), of_key, of_value
+        of_queries, of_key, of_value = lax.fori_loop(first_tiles[index], _tiles_until(blocks, index), tile, start)
+        of_queries = of_queries.astype(query.dtype)
+        return lax.dynamic_update_slice_in_dim(of_query, of_queries, index * rows, 0), of_key, of_value
+
+    start = jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape)
+    of_query, of_key, of_value = lax.fori_loop(0, first_tiles.shape[0], block, start)
+    return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype)
+
+
+def _scores(blocks, segment_ids, index, tile_index, queries, keys):
+    """Float32 scores `[queries * G, keys]` of a block of queries with a tile of keys, masked."""
+    columns = tile_index * blocks.keys + jnp.arange(blocks.keys)
+    rows = index * blocks.queries + jnp.arange(blocks.queries)
+    row_ids, column_ids = _slice(segment_ids, index, blocks.queries), _slice(segment_ids, tile_index, blocks.keys)
+    mask = (rows[:, None] >= columns[None, :]) & (row_ids[:, None] == column_ids[None, :])
+    scores = einsum_float32("qh,sh->qs", queries, keys).reshape(blocks.queries, -1, blocks.keys)
+    return jnp.where(mask[:, None, :], scores, MASKED_SCORE).reshape(-1, blocks.keys)
+
+
+def _tiles_until(blocks, index):
+    """How many tiles of keys begin before the last query of a block has been reached."""
+    return ((index + 1) * blocks.queries + blocks.keys - 1) // blocks.keys
+
+
+def _slice(x, index, size):
+    return lax.dynamic_slice_in_dim(x, index * size, size, 0)
+
+
+def _add(x, index, block):
+    first = index * block.shape[0]
+    return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, first, block.shape[0], 0) + block, first, 0)
