@@ -18,10 +18,17 @@ MASKED_SCORE = -1e30
 
 
 class Blocks(NamedTuple):
-    """How many queries, and how many keys, form one tile of scores."""
+    """How the work is divided.
+
+    Args:
+        queries: int. Power of two, the positions whose queries form the rows of a tile of scores.
+        keys: int. Power of two, its columns.
+        heads_at_once: bool. Whether all rows and key-value heads advance together, as wide machines like it.
+    """
 
     queries: int
     keys: int
+    heads_at_once: bool = False
 
 
 def blockwise_attention(query, key, value, segment_ids, blocks=None):
@@ -32,7 +39,7 @@ def blockwise_attention(query, key, value, segment_ids, blocks=None):
         key: float tensor `[B, T, K, H]`; `K` divides `N`.
         value: float tensor `[B, T, K, H]`.
         segment_ids: int tensor `[B, T]`.
-        blocks: `Blocks`, powers of two. By default what is fast on the platform.
+        blocks: `Blocks`. By default what is fast on the platform.
 
     Returns:
         A tensor `[B, T, N, H]` in the dtype of `value`.
@@ -40,8 +47,8 @@ def blockwise_attention(query, key, value, segment_ids, blocks=None):
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    blocks = blocks or _default_blocks(length, group)
-    missing = -length % max(blocks)
+    blocks = blocks or default_blocks(length, group)
+    missing = -length % max(blocks.queries, blocks.keys)
     query, key, value = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (query, key, value))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
     # The query heads of a group become rows, so that a tile is one plain matrix product.
@@ -53,12 +60,12 @@ def blockwise_attention(query, key, value, segment_ids, blocks=None):
     return attended.reshape(batch, -1, heads, head_dim)[:, :length]
 
 
-def _default_blocks(length, group):
+def default_blocks(length, group):
     if on_jax_cpu():
         # A tile of scores of one key-value head stays in the cache.
         return Blocks(queries=64 if group >= 4 else 128, keys=64)
     whole_row = 1 << (length - 1).bit_length()
-    return Blocks(queries=min(256, whole_row), keys=min(512, whole_row))
+    return Blocks(queries=min(256, whole_row), keys=min(512, whole_row), heads_at_once=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -68,11 +75,14 @@ def _attention(query, key, value, segment_ids, blocks):
     return attended
 
 
+# Traced once for all layers of a model.
+@partial(jax.jit, static_argnames="blocks")
 def _forward(query, key, value, segment_ids, blocks):
     attended, log_sum_exp = _for_every_head(partial(_attend, blocks), blocks, segment_ids, query, key, value)
     return attended, (query, key, value, segment_ids, attended, log_sum_exp)
 
 
+@partial(jax.jit, static_argnames="blocks")
 def _backward(blocks, saved, gradient):
     query, key, value, segment_ids, attended, log_sum_exp = saved
     # What the normalisation of the weights takes from the gradient of every score of a query.
@@ -87,11 +97,11 @@ _attention.defvjp(_forward, _backward)
 def _for_every_head(function, blocks, segment_ids, *tensors):
     """`function(segment_ids [T], first_tiles [T / queries], *tensors)` over the first two axes of `[B, K, ...]`.
 
-    A CPU takes one head after the other. Wide machines take all at once, and so share the earliest first tiles.
+    Heads at once share the earliest first tiles of all rows.
     """
     first_tiles = _first_tiles(blocks, segment_ids)
     axes = [0 for _ in tensors]
-    if not on_jax_cpu():
+    if blocks.heads_at_once:
         over_heads = jax.vmap(function, in_axes=(None, None, *axes))
         return jax.vmap(over_heads, in_axes=(0, None, *axes))(segment_ids, jnp.min(first_tiles, axis=0), *tensors)
 

@@ -146,11 +146,11 @@ def test_dropout_reaches_the_weights_of_long_rows():
 # === In blocks ===
 
 
-def in_blocks(queries, keys):
+def in_blocks(*args, **kwargs):
     from keras_gemma.kernels.blockwise_attention import Blocks
     from keras_gemma.kernels.blockwise_attention import blockwise_attention
 
-    return partial(blockwise_attention, blocks=Blocks(queries, keys))
+    return partial(blockwise_attention, blocks=Blocks(*args, **kwargs))
 
 
 @on_jax_only
@@ -160,14 +160,18 @@ def test_blockwise_attention(heads, blocks, length):
 
 
 @on_jax_only
-@pytest.mark.parametrize("blocks", [(16, 8), (None, None)])
-def test_blockwise_attention_of_all_heads_at_once(blocks, monkeypatch):
-    # As on an accelerator.
-    monkeypatch.setattr("keras_gemma.kernels.blockwise_attention.on_jax_cpu", lambda: False)
-    from keras_gemma.kernels.blockwise_attention import blockwise_attention
-
-    attend = in_blocks(*blocks) if all(blocks) else blockwise_attention
+def test_blockwise_attention_of_all_heads_at_once():
+    attend = in_blocks(16, 8, heads_at_once=True)
     assert_as_plain(attend, operands(50, *HEADS["grouped"]), segments(50))
+
+
+@on_jax_only
+def test_blocks_are_no_longer_than_rows(monkeypatch):
+    from keras_gemma.kernels import blockwise_attention
+
+    monkeypatch.setattr(blockwise_attention, "on_jax_cpu", lambda: False)
+    assert blockwise_attention.default_blocks(200, group=8) == (256, 256, True)
+    assert blockwise_attention.default_blocks(5000, group=8) == (256, 512, True)
 
 
 @on_jax_only
