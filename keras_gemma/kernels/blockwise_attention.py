@@ -118,7 +118,9 @@ def _first_tiles(blocks, segment_ids):
     of_block = segment_ids.reshape(batch, length // blocks.queries, blocks.queries)
     lowest, highest = jnp.min(of_block, axis=-1, keepdims=True), jnp.max(of_block, axis=-1, keepdims=True)
     ids = segment_ids[:, None, :]
-    return jnp.argmax((lowest <= ids) & (ids <= highest), axis=-1).astype("int32") // blocks.keys
+    # A plain reduction: compilers for CPUs do not vectorise an argmax.
+    columns = jnp.where((lowest <= ids) & (ids <= highest), jnp.arange(length, dtype="int32"), length)
+    return jnp.min(columns, axis=-1) // blocks.keys
 
 
 def _attend(blocks, segment_ids, first_tiles, query, key, value):
