@@ -1,5 +1,8 @@
 """What `fit` needs around it: loss, step, optimizers, schedules, and a monitor."""
 
+from keras_gemma.training.flops import peak_flops
+from keras_gemma.training.flops import training_flops_per_token
+from keras_gemma.training.monitor import TrainingMonitor
 from keras_gemma.training.objective import NextTokenLoss
 from keras_gemma.training.objective import Perplexity
 from keras_gemma.training.objective import TokenAccuracy
@@ -9,6 +12,7 @@ from keras_gemma.training.optimizers import Adafactor
 from keras_gemma.training.optimizers import AdamW
 from keras_gemma.training.optimizers import Lion
 from keras_gemma.training.schedules import WarmUp
+from keras_gemma.training.token_count import TokenCount
 
 __all__ = [
     "NORMS_AND_BIASES",
@@ -19,5 +23,9 @@ __all__ = [
     "NextTokenLoss",
     "Perplexity",
     "TokenAccuracy",
+    "TokenCount",
+    "TrainingMonitor",
     "WarmUp",
+    "peak_flops",
+    "training_flops_per_token",
 ]
