@@ -50,15 +50,23 @@ def batch():
     return {"token_ids": ids[:, :-1], "padding_mask": mask}, ids[:, 1:], mask
 
 
+def new_model(learning_rate=SCHEDULE, metrics=(TokenCount, GradientNorm), **kwargs):
+    model = GemmaCausalLM(GemmaBackbone(**SHAPE), preprocessor=None)
+    optimizer = keras.optimizers.SGD(learning_rate)
+    model.compile(optimizer=optimizer, weighted_metrics=[metric() for metric in metrics], **kwargs)
+    return model
+
+
 @pytest.fixture(scope="module")
-def model():
-    return GemmaCausalLM(GemmaBackbone(**SHAPE), preprocessor=None)
+def compiled_once():
+    return new_model()
 
 
-def compile(model, learning_rate=SCHEDULE, **kwargs):
-    model.compile(
-        optimizer=keras.optimizers.SGD(learning_rate), weighted_metrics=[TokenCount(), GradientNorm()], **kwargs
-    )
+@pytest.fixture
+def model(compiled_once):
+    """A model at the start of its schedule."""
+    compiled_once.optimizer.iterations.assign(0)
+    return compiled_once
 
 
 def fit(model, *callbacks, epochs=2, validate=False, **kwargs):
@@ -76,12 +84,14 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self.steps = []
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
     def on_train_batch_end(self, batch, logs=None):
-        self.steps.append((batch, dict(logs)))
+        self.steps.append((self.epoch, batch, dict(logs)))
 
-
-def sorted_steps(recorder):
-    return [logs for _, logs in sorted(recorder.steps, key=lambda step: step[0])]
+    def logs(self):
+        return [logs for *_, logs in sorted(self.steps, key=lambda step: step[:2])]
 
 
 def scalars(folder):
@@ -97,7 +107,6 @@ def scalars(folder):
 
 @pytest.mark.multi_backend
 def test_speed_and_learning_rate_reach_history_files_and_progress_bar(model, tmp_path, capsys):
-    compile(model)
     recorder = Recorder()
     history = fit(
         model,
@@ -128,50 +137,41 @@ def test_speed_and_learning_rate_reach_history_files_and_progress_bar(model, tmp
     assert all(value == pytest.approx(float(SCHEDULE(step - 1))) for step, value in train["learning_rate"])
     assert [step for step, _ in validation["loss"]] == [4, 8]
     assert [value for _, value in validation["loss"]] == pytest.approx(history["val_loss"], rel=1e-6)
-    for logs in sorted_steps(recorder)[-3:]:
-        assert set(logs) >= ADDED
+    assert all(set(logs) >= ADDED for logs in recorder.logs()[4:])
 
 
 @pytest.mark.multi_backend
-def test_logs_are_those_of_the_callback_alone_without_token_counts(model):
-    model.compile(optimizer=keras.optimizers.SGD(0.25), weighted_metrics=[])
-    history = fit(model, TrainingMonitor(), epochs=1)
-    assert set(history) == {"loss", "learning_rate"} and history["learning_rate"] == [0.25]
+def test_without_token_counts_the_learning_rate_is_left_and_followed():
+    class Halve(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 0.5**epoch
+
+    history = fit(new_model(0.25, metrics=()), TrainingMonitor(), Halve())
+    assert set(history) == {"loss", "learning_rate"} and history["learning_rate"] == [1.0, 0.5]
 
 
 def test_the_progress_bar_shows_them_while_training(model, capsys):
-    compile(model)
     fit(model, TrainingMonitor(peak_flops=1e12, sequence_length=LENGTH), verbose=1)
     shown = capsys.readouterr().out
     assert all(re.search(rf"\b{name}: [\d.]+", shown) for name in {*ADDED, "gradient_norm", "tokens"})
 
 
 def test_an_epoch_that_only_compiles_has_no_speed(model):
-    compile(model)
     history = fit(model, TrainingMonitor(), epochs=3, steps_per_epoch=1)
     assert np.isnan(history["tokens_per_second"][0]) and np.all(np.array(history["tokens_per_second"][1:]) > 0)
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch executes one step at a time")
-def test_several_steps_in_one_execution(model):
-    compile(model, steps_per_execution=3)
+def test_several_steps_in_one_execution():
     recorder = Recorder()
-    history = fit(model, TrainingMonitor(), recorder)
-    rates = [logs["learning_rate"] for logs in sorted_steps(recorder)]
+    history = fit(new_model(steps_per_execution=3), TrainingMonitor(), recorder)
+    rates = [logs["learning_rate"] for logs in recorder.logs()]
     assert rates == pytest.approx([0.05, 0.075, 0.05, 0.025])  # of the steps 3, 4, 7 and 8
     assert history["learning_rate"] == pytest.approx([0.075, 0.025])
     assert history["tokens"] == [TOKENS, TOKENS]
-    compile(model)
-
-
-def test_a_rate_that_others_change_between_epochs_is_followed(model):
-    compile(model, learning_rate=0.5)
-    schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 * (epoch + 1))
-    assert fit(model, TrainingMonitor(), schedule)["learning_rate"] == pytest.approx([0.1, 0.2])
 
 
 def test_tensorboard_of_keras_sees_them_too(model, tmp_path):
-    compile(model)
     board = keras.callbacks.TensorBoard(str(tmp_path), update_freq=1, write_graph=False)
     fit(model, TrainingMonitor(), board)
     import tensorflow as tf
@@ -186,7 +186,6 @@ def test_tensorboard_of_keras_sees_them_too(model, tmp_path):
 
 
 def test_events_are_as_far_apart_as_asked(model, tmp_path):
-    compile(model)
     fit(model, TrainingMonitor(tmp_path, every=2))
     steps = {step for step, _ in scalars(tmp_path / "train")["learning_rate"]}
     # Callbacks of neighbouring steps may overtake one another, so an even step may be left to its successor.
@@ -195,7 +194,6 @@ def test_events_are_as_far_apart_as_asked(model, tmp_path):
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras dispatches steps ahead on JAX")
 def test_the_training_loop_does_not_wait_for_the_logs(model):
-    compile(model)
     threads = set()
 
     class Watch(keras.callbacks.Callback):
@@ -313,14 +311,12 @@ def test_tokens_are_counted_exactly_where_float32_and_int32_fail():
 
 
 def test_an_unknown_device_has_no_utilization(model):
-    compile(model)
     assert "model_flop_utilization" not in fit(model, TrainingMonitor(sequence_length=LENGTH))
 
 
 def test_a_known_device_is_found_and_all_devices_count(model, monkeypatch):
     monkeypatch.setattr(monitor.flops, "device_kind", lambda: "TPU v4")
     monkeypatch.setattr(monitor.flops, "device_count", lambda: 4)
-    compile(model)
     history = fit(model, TrainingMonitor(sequence_length=LENGTH))
     per_token = training_flops_per_token(model.backbone.get_config(), LENGTH)
     expected = np.array(history["tokens_per_second"]) * per_token / (4 * 275e12)
@@ -330,15 +326,15 @@ def test_a_known_device_is_found_and_all_devices_count(model, monkeypatch):
 def test_refuses_before_training(model):
     with pytest.raises(ValueError, match=r"at least 1. Received: 0"):
         TrainingMonitor(every=0)
-    compile(model)
     with pytest.raises(ValueError, match=r"TrainingMonitor\(sequence_length=...\)"):
         fit(model, TrainingMonitor(peak_flops=1e12))
     other = keras.Sequential([keras.layers.Dense(1)])
     other.compile(loss="mse")
-    with pytest.raises(ValueError, match="Gemma `backbone`. Received: None"):
+    with pytest.raises(ValueError, match=r"Gemma `backbone`. Received: None"):
         other.fit(np.ones((2, 1)), np.ones(2), callbacks=[TrainingMonitor(peak_flops=1e12)], verbose=0)
 
 
+@pytest.mark.slow  # starts a Python of its own
 def test_event_files_need_no_tensorflow(tmp_path):
     program = f"""
 import sys
