@@ -13,7 +13,7 @@ SHAPE = {
     "vocabulary_size": 32, "num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1,
     "hidden_dim": 16, "intermediate_dim": 32, "head_dim": 8,
 }  # fmt: skip
-STEPS = 50
+STEPS = 20
 
 
 class RecordingAdamW(AdamW):
@@ -37,6 +37,7 @@ def new_model(dtype, optimizer):
         if len(weight.shape) > 1:
             weight.assign(rng.normal(0, 0.3, weight.shape).astype("float32"))
     model.compile(optimizer=optimizer, weighted_metrics=[])
+    optimizer.build(model.trainable_variables)
     return model
 
 
@@ -44,13 +45,26 @@ def dtypes(variables):
     return {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
 
 
-@pytest.fixture(scope="module")
-def mixed():
-    return new_model("mixed_bfloat16", RecordingAdamW(3e-4))
-
-
 def state(model):
     return [np.array(ops.convert_to_numpy(v)) for v in [*model.trainable_variables, *model.optimizer.variables]]
+
+
+def restore(model, values):
+    for variable, value in zip([*model.trainable_variables, *model.optimizer.variables], values, strict=True):
+        variable.assign(value)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    model = new_model("mixed_bfloat16", RecordingAdamW(3e-4))
+    return model, state(model)
+
+
+@pytest.fixture
+def mixed(compiled_once):
+    """A model before its first step."""
+    restore(*compiled_once)
+    return compiled_once[0]
 
 
 @pytest.mark.multi_backend
@@ -59,7 +73,7 @@ def test_weights_gradients_and_moments_are_float32(mixed):
     mixed.train_on_batch(x, y, weights)
     assert mixed.backbone.compute_dtype == "bfloat16"
     assert dtypes(mixed.trainable_variables) == mixed.optimizer.received == {"float32"}
-    moments = [variable for variable in mixed.optimizer.variables if variable.shape]
+    moments = [variable for variable in mixed.optimizer.variables if len(variable.shape)]
     assert dtypes(moments) == {"float32"} and len(moments) == 2 * len(mixed.trainable_variables)
 
 
@@ -76,8 +90,7 @@ def test_a_step_taken_twice_is_the_same_to_the_bit(mixed):
     before = state(mixed)
     results = []
     for _ in range(2):
-        for variable, value in zip([*mixed.trainable_variables, *mixed.optimizer.variables], before):
-            variable.assign(value)
+        restore(mixed, before)
         mixed.train_on_batch(x, y, weights)
         results.append(state(mixed))
     assert any(not np.array_equal(old, new) for old, new in zip(before, results[0]))
@@ -99,14 +112,14 @@ def test_steps_below_the_resolution_of_bfloat16_add_up():
     assert moved == {"mixed_bfloat16": 2.0**-8, "bfloat16": 0.0}
 
 
-def test_the_loss_falls_as_in_float32_and_would_not_with_bfloat16_weights():
+def test_the_loss_falls_as_in_float32_and_would_not_with_bfloat16_weights(mixed):
     x, y, weights = batch()
-    curves = {}
-    for policy in ("float32", "mixed_bfloat16", "bfloat16"):
-        model = new_model(policy, AdamW(3e-4))
-        losses = [model.train_on_batch(x, y, weights, return_dict=True)["loss"] for _ in range(STEPS)]
-        curves[policy] = np.array(losses)
-    fall = curves["float32"][0] - curves["float32"][-1]
+    models = {policy: new_model(policy, AdamW(3e-4)) for policy in ("float32", "bfloat16")}
+    losses = {
+        policy: np.array([model.train_on_batch(x, y, weights, return_dict=True)["loss"] for _ in range(STEPS)])
+        for policy, model in {**models, "mixed": mixed}.items()
+    }
+    fall = losses["float32"][0] - losses["float32"][-1]
     assert fall > 0.2
-    error = {policy: np.max(np.abs(curve - curves["float32"])) / fall for policy, curve in curves.items()}
-    assert error["mixed_bfloat16"] < 0.05 < 0.15 < error["bfloat16"], error
+    error = {policy: np.max(np.abs(curve - losses["float32"])) / fall for policy, curve in losses.items()}
+    assert error["mixed"] < 0.03 and error["bfloat16"] > 0.2, error
