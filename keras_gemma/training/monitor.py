@@ -63,6 +63,8 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._compiled = False
+        # Here, because `self.model` makes Keras put the state of JAX back into the model, which must not happen midway.
+        self._steps_per_execution = self.model.steps_per_execution
         self._tokens_per_second_at_peak = self._speed_at_peak()
         if self._event_files:
             self._event_files.open("train")
@@ -83,21 +85,23 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         now = time.perf_counter()
+        before = batch + 1 - self._steps_per_execution
         # With several steps in one execution, the last one is cut short by the end of the epoch.
         step = min(batch + 1, self.params.get("steps") or batch + 1)
+        due = step // self.every > before // self.every
         with self._lock:
             # Threads may overtake one another.
-            if step > self._step_of_epoch:
-                self._take(step, logs, now)
-            logs.update(self._shown)
-
-    def _take(self, step, logs, now):
-        due = not self._compiled or step // self.every > self._step_of_epoch // self.every
-        self._compiled, self._step_of_epoch = True, step
-        speed = self._speed.record(logs.get("tokens"), now, due)
-        if due:
-            self._shown = {"learning_rate": self._rates.of_step(step - 1), **self._speed_logs(speed)}
-            self._write("train", {**logs, **self._shown})
+            is_latest = step > self._step_of_epoch
+            if is_latest:
+                self._compiled, self._step_of_epoch = True, step
+                self._speed.record(logs.get("tokens"), now, due)
+            added = self._shown
+            if due:
+                added = {"learning_rate": self._rates.of_step(step - 1), **self._speed_logs(self._speed.latest)}
+                self._write("train", step, {**logs, **added})
+            if is_latest:
+                self._shown = added
+            logs.update(added)
 
     def on_epoch_end(self, epoch, logs=None):
         if not self._step_of_epoch:
@@ -105,15 +109,16 @@ class TrainingMonitor(keras.callbacks.Callback):
         logs["learning_rate"] = self._rates.of_step(self._step_of_epoch - 1)
         if "tokens" in logs:
             logs.update(self._speed_logs(self._speed.mean()))
-        self._write("validation", {name[4:]: value for name, value in logs.items() if name.startswith("val_")})
+        validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
+        self._write("validation", self._step_of_epoch, validation)
 
     def on_train_end(self, logs=None):
         if self._event_files:
             self._event_files.close()
 
-    def _write(self, run, values):
+    def _write(self, run, step_of_epoch, values):
         if self._event_files:
-            self._event_files.write(run, self._rates.first_step + self._step_of_epoch, values)
+            self._event_files.write(run, self._rates.first_step + step_of_epoch, values)
 
     def _speed_logs(self, tokens_per_second):
         if tokens_per_second is None:
@@ -143,32 +148,31 @@ class TrainingMonitor(keras.callbacks.Callback):
 
 
 class Speed:
-    """Tokens a second within one epoch, from counts that begin with the epoch and the times they were reached."""
+    """Tokens a second within one epoch, from counts that begin with the epoch and the times they were reached.
+
+    Attributes:
+        latest: the speed over the last stretch that ended, or `None` as long as there is none.
+    """
 
     def __init__(self):
-        self._first = self._last = self._mark = self._rate = None
+        self._first = self._last = self._mark = self.latest = None
 
     def start(self, tokens, now):
         """Begins to measure: `tokens` are done at `now`, in seconds."""
         self._first = self._last = self._mark = tokens, now
 
     def record(self, tokens, now, due):
-        """Takes in that `tokens` are done at `now`, and begins a new stretch if one is `due`.
-
-        Returns:
-            The speed over the last stretch that ended, or `None` as long as there is none.
-        """
+        """Takes in that `tokens` (`None` if nobody counts) are done at `now`; ends a stretch if one is `due`."""
         if tokens is None:
-            return None
+            return
         if self._first is None:
             self.start(tokens, now)
-            return None
+            return
         # Threads may have read the clock in another order.
         self._last = tokens, max(now, self._last[1])
         if due and self._last[1] > self._mark[1]:
-            self._rate = _rate(self._mark, self._last)
+            self.latest = _rate(self._mark, self._last)
             self._mark = self._last
-        return self._rate
 
     def mean(self):
         """The speed over everything measured, NaN if that is nothing."""
