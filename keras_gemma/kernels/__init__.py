@@ -15,6 +15,7 @@ from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
+from keras_gemma.kernels.products import in_recomputed_row_chunks
 from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
@@ -31,6 +32,7 @@ __all__ = [
     "causal_attention",
     "einsum_float32",
     "first_argmax",
+    "in_recomputed_row_chunks",
     "in_row_chunks",
     "logits_loss",
     "named",

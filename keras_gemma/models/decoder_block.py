@@ -82,6 +82,8 @@ class GemmaDecoderBlock(keras.layers.Layer):
 
     def call(self, x, sine, cosine, segment_ids, training=None):
         x = x + self.attention(self.pre_attention_norm(x), sine, cosine, segment_ids, training=training)
+        if training:
+            return x + kernels.in_recomputed_row_chunks(self.feed_forward, x)
         return x + self.feed_forward(x)
 
     def feed_forward(self, x):
