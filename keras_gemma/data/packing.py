@@ -16,7 +16,7 @@ import numpy as np
 from keras_gemma.data.train_extra import required
 
 EXAMPLE_FIELDS = ("token_ids", "targets", "weights")
-DEFAULT_WINDOW = 256
+DEFAULT_WINDOW = 64
 
 
 def best_fit(lengths, row_length):

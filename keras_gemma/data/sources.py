@@ -97,11 +97,16 @@ def from_tfds(name, split, fields=None, **kwargs):
         A `grain.MapDataset` of dicts.
 
     Raises:
-        ValueError: for a split without examples, and, when it is read, for an example that lacks a field.
+        ValueError: for a split that is unknown or without examples, and, when it is read, for an example that lacks a field.
         ImportError: without the extra `train`.
     """
     tfds = required("tensorflow_datasets")
-    source = tfds.data_source(name, split=split, **kwargs)
+    place = f"{name}, split {split}"
+    try:
+        source = tfds.data_source(name, split=split, **kwargs)
+        len(source)
+    except ValueError as error:
+        raise ValueError(f"{place}, cannot be read: {error}") from error
     features = source.dataset_info.features
     texts = [feature for feature, kind in features.items() if isinstance(kind, tfds.features.Text)]
     names = _names(fields)
@@ -109,7 +114,7 @@ def from_tfds(name, split, fields=None, **kwargs):
     def decode(example):
         return _picked({**example, **{text: example[text].decode("utf-8") for text in texts}}, names)
 
-    return records_of([TfdsSplit(source, f"{name}, split {split}")], decode)
+    return records_of([TfdsSplit(source, place)], decode)
 
 
 def write_array_record(examples, path):
@@ -356,8 +361,6 @@ class TfdsSplit:
     def __init__(self, source, name):
         self._source = source
         self._name = name
-        if not len(source):
-            raise ValueError(f"{name} has no examples.")
 
     def __len__(self):
         return len(self._source)
