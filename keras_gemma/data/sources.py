@@ -97,7 +97,8 @@ def from_tfds(name, split, fields=None, **kwargs):
         A `grain.MapDataset` of dicts.
 
     Raises:
-        ValueError: for a split that is unknown or without examples, and, when it is read, for an example that lacks a field.
+        ValueError: for a split that is unknown or without examples, and, when it is read, for an example that lacks a
+            field.
         ImportError: without the extra `train`.
     """
     tfds = required("tensorflow_datasets")
