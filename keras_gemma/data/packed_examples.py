@@ -1,8 +1,5 @@
 """What users hand to `fit(pack=True)`, as packed batches."""
 
-import math
-
-import keras
 import numpy as np
 
 from keras_gemma.data import batches
@@ -21,7 +18,7 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
         sample_weight: optional weight of each example, for lists and arrays only.
         batch_size: int, packed rows of a batch. 32 if `None`.
         preprocessor: a `GemmaCausalLMPreprocessor`.
-        shuffle: bool, for lists and arrays only. Packs the examples in a new order each epoch.
+        shuffle: bool, for lists and arrays only. Draws a new order of the packed rows each epoch.
 
     Returns:
         Batches in a form that `keras.Model.fit` takes.
@@ -60,44 +57,18 @@ def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle):
         )
     # What `take` gives has lost fields that are None, as batches have.
     examples = preprocessor.unpadded(batches.take(x, range(count)), sample_weight)
-    return PackedExamples(examples, preprocessor.sequence_length, batch_size, shuffle)
+    row_length = preprocessor.sequence_length
+    rows = _rows_of(examples, row_length, shuffle)
+    return batches.ExampleBatches(
+        rows, None, None, batch_size, lambda rows, y, weights: packed_batch(rows, row_length), shuffle
+    )
 
 
-class PackedExamples(keras.utils.PyDataset):
-    """Packed batches of examples that lie in memory."""
-
-    def __init__(self, examples, row_length, batch_size, shuffle):
-        super().__init__()
-        self._examples = [example for example in examples if len(example["token_ids"])]
-        if not self._examples:
-            raise ValueError("Every example is a single token, which leaves nothing to predict.")
-        self._row_length = row_length
-        self._batch_size = batch_size
-        self._shuffle = shuffle
-        self._rows = self._packed_rows()
-        self._pass_is_over = False
-
-    def __len__(self):
-        # Best fit depends on the lengths alone, so that every order makes as many rows.
-        return math.ceil(len(self._rows) / self._batch_size)
-
-    def __getitem__(self, index):
-        # Not at the end of Keras' epoch: with `steps_per_epoch` that falls into the middle of a pass.
-        if index == 0 and self._pass_is_over and self._shuffle:
-            self._rows = self._packed_rows()
-        self._pass_is_over = index == len(self) - 1
-        rows = self._rows[index * self._batch_size : (index + 1) * self._batch_size]
-        return packed_batch([[self._examples[i] for i in row] for row in rows], self._row_length)
-
-    def _packed_rows(self):
-        # The global generator is the one that `keras.utils.set_random_seed` seeds.
-        count = len(self._examples)
-        order = np.random.permutation(count) if self._shuffle else np.arange(count)
-        lengths = np.array([len(self._examples[i]["token_ids"]) for i in order])
-        rows = [order[row].tolist() for row in best_fit(lengths, self._row_length)]
-        # Best fit puts long examples into the first rows and short ones into the last.
-        if self._shuffle:
-            np.random.shuffle(rows)
-        else:
-            rows.sort(key=min)
-        return rows
+def _rows_of(examples, row_length, shuffle):
+    # Neighbours in the list are apart in the rows. The same rows in each process: a run may go on in another one.
+    order = np.random.default_rng(0).permutation(len(examples)) if shuffle else np.arange(len(examples))
+    rows = [order[row].tolist() for row in best_fit([len(examples[i]["token_ids"]) for i in order], row_length)]
+    if not rows:
+        raise ValueError("Every example is a single token, which leaves nothing to predict.")
+    # Best fit puts the longest examples into the first rows.
+    return [[examples[i] for i in row] for row in sorted(rows, key=min)]

@@ -228,7 +228,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 `tf.data.Dataset`, Grain data set, `keras.utils.PyDataset`, generator or torch `DataLoader` of
                 such batches; without a preprocessor, the model's own inputs. Batches `(x, y, sample_weight)` of
                 token ids, such as `data.training_batches` makes, pass as they are.
-            shuffle: bool. Draws a new order of listed examples, or of a `PyDataset`'s batches, each epoch.
+            shuffle: bool. Draws a new order of listed examples (packed, of their rows), or of a `PyDataset`'s batches,
+                each epoch.
             pack: bool. Puts several examples into each row, where none attends to another: less padding, the same loss.
                 `x` and `validation_data` are then examples as lists or arrays, or Grain data sets of single examples,
                 and `batch_size` counts rows.
