@@ -1,7 +1,49 @@
-"""Examples → preprocessed batches, for everything `fit` is given."""
+"""Files or Python examples → packed batches for `fit`.
+
+ArrayRecord, jsonl, parquet, TFDS
+  │ sources         single examples in any order; `write_array_record`
+  │ mixture         each host's share of every source, shuffled, mixed stage by stage
+  │ loader          token ids, on the fly or by `tokenize_ahead` and `from_tokens`
+  │ packing         several examples in a row, none of which sees another
+  ▼
+batches ──────────────────────────────────────────────┐
+lists and arrays ── packed_examples, batches ─────────┼→ (x, y, sample_weight) → fit
+PyDataset, tf.data, Grain, generator, torch ── batches┘
+
+    sources = {"web": from_array_record("web-*.array_record"), "code": from_jsonl("code.jsonl", fields=["text"])}
+    stages = [Stage({"web": 0.8, "code": 0.2}, examples=10**6), Stage({"web": 0.5, "code": 0.5})]
+    batches = training_batches(mixture(sources, stages, seed=1), model.preprocessor, batch_size=16)
+    model.fit(batches, steps_per_epoch=1000, epochs=20)
+"""
 
 from keras_gemma.data.batches import preprocessed
 from keras_gemma.data.batches import split_off_validation
 from keras_gemma.data.batches import yields_batches
+from keras_gemma.data.loader import from_tokens
+from keras_gemma.data.loader import tokenize_ahead
+from keras_gemma.data.loader import training_batches
+from keras_gemma.data.mixture import Stage
+from keras_gemma.data.mixture import mixture
+from keras_gemma.data.packed_examples import packed
+from keras_gemma.data.sources import from_array_record
+from keras_gemma.data.sources import from_jsonl
+from keras_gemma.data.sources import from_parquet
+from keras_gemma.data.sources import from_tfds
+from keras_gemma.data.sources import write_array_record
 
-__all__ = ["preprocessed", "split_off_validation", "yields_batches"]
+__all__ = [
+    "Stage",
+    "from_array_record",
+    "from_jsonl",
+    "from_parquet",
+    "from_tfds",
+    "from_tokens",
+    "mixture",
+    "packed",
+    "preprocessed",
+    "split_off_validation",
+    "tokenize_ahead",
+    "training_batches",
+    "write_array_record",
+    "yields_batches",
+]

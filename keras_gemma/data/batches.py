@@ -20,7 +20,8 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
 
     Args:
         x: examples as a list, an array, or a dict of these; or batches as a `keras.utils.PyDataset`, a
-            `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator.
+            `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator. Batches `(x, y)` or
+            `(x, y, sample_weight)` whose `x` has `token_ids` are preprocessed already and pass as they are.
         y, sample_weight: as `x`, for examples only.
         batch_size: int, for examples only. 32 if `None`.
         preprocess: callable from one batch to `(x, y, sample_weight)`.
@@ -39,7 +40,11 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
         return PreprocessedDataset(x, preprocess)
     if _is_tf_dataset(x):
         tf = sys.modules["tensorflow"]
-        return x.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+        batches = x.map(
+            lambda *parts: _preprocess_batch(preprocess, parts if len(parts) > 1 else parts[0]),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+        return batches.prefetch(tf.data.AUTOTUNE)
     if _is_grain(x):
         return _preprocessed_grain(x, preprocess)
     if _is_torch_loader(x):
@@ -106,9 +111,16 @@ def _parts_as_tuple(batch):
 
 
 def _preprocess_batch(preprocess, batch):
+    if _is_finished(batch):
+        return batch
     # A list is a batch of examples; only a tuple carries labels or weights.
     parts = keras.utils.unpack_x_y_sample_weight(batch) if isinstance(batch, tuple) else (batch,)
     return preprocess(*parts)
+
+
+def _is_finished(batch):
+    # Batches that `training_batches` has made, or a user's own: no text has this field.
+    return isinstance(batch, tuple) and len(batch) > 1 and isinstance(batch[0], dict) and "token_ids" in batch[0]
 
 
 def split_off_validation(x, y, sample_weight, share):

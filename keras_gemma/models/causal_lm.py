@@ -218,6 +218,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         validation_split=0.0,
         validation_batch_size=None,
         shuffle=True,
+        pack=False,
         **kwargs,
     ):
         """Trains the model on text or token ids.
@@ -225,8 +226,13 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         Args:
             x: strings, `{"prompts", "responses"}` or dialogues as lists (see `GemmaCausalLMPreprocessor`); a
                 `tf.data.Dataset`, Grain data set, `keras.utils.PyDataset`, generator or torch `DataLoader` of
-                such batches; without a preprocessor, the model's own inputs.
-            shuffle: bool. Draws a new order of listed examples, or of a `PyDataset`'s batches, each epoch.
+                such batches; without a preprocessor, the model's own inputs. Batches `(x, y, sample_weight)` of
+                token ids, such as `data.training_batches` makes, pass as they are.
+            shuffle: bool. Draws a new order of listed examples (packed, of their rows), or of a `PyDataset`'s batches,
+                each epoch.
+            pack: bool. Puts several examples into each row, where none attends to another: less padding, the same loss.
+                `x` and `validation_data` are then examples as lists or arrays, or Grain data sets of single examples,
+                and `batch_size` counts rows.
             y, batch_size, sample_weight, validation_data, validation_split, validation_batch_size, **kwargs: as of
                 `keras.Model.fit`.
 
@@ -239,17 +245,18 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if validation_data is not None:
             validation_data = _unpacked(validation_data)
             # A validation set in batches keeps their size.
-            validation_size = None if data.yields_batches(validation_data[0]) else validation_batch_size or batch_size
-            validation_data = self._batches(*validation_data, validation_size)
+            sized = not pack and data.yields_batches(validation_data[0])
+            validation_size = None if sized else validation_batch_size or batch_size
+            validation_data = self._batches(*validation_data, validation_size, pack=pack)
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
-        x = self._batches(x, y, sample_weight, batch_size, shuffle)
+        x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
         return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 
-    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y, sample_weight = self._batches(x, y, sample_weight, batch_size), None, None
+            x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
         return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
@@ -293,7 +300,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
 
-    def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
+    def _batches(self, x, y, sample_weight, batch_size, shuffle=False, pack=False):
+        if pack:
+            return data.packed(x, y, sample_weight, batch_size, self.preprocessor, shuffle)
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
 
     # === Generating ===

@@ -69,21 +69,48 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def _training_batch(self, x, sample_weight, length):
         examples, batched = examples_of(x)
-        rows = [self.row(example) for example in examples]
+        rows = self._training_rows(examples, length)
         token_ids, padding_mask = self._pad([row.ids for row in rows], length + 1)
         learned, _ = self._pad([row.learned for row in rows], length + 1, value=0)
         weights = learned[:, 1:].astype("float32")
-        if any(any(row.learned) and not any(row.learned[: length + 1]) for row in rows):
-            warnings.warn(
-                f"The prompts of some examples fill the `sequence_length` of {length} tokens and leave no room for "
-                "their response: they train nothing.",
-                stacklevel=2,
-            )
         if sample_weight is not None:
             weights *= np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
         features = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask[:, :-1]}
         batch = (features, token_ids[:, 1:], weights)
         return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
+
+    def _training_rows(self, examples, length):
+        rows = [self.row(example) for example in examples]
+        if any(any(row.learned) and not any(row.learned[: length + 1]) for row in rows):
+            warnings.warn(
+                f"The prompts of some examples fill the `sequence_length` of {length} tokens and leave no room for "
+                "their response: they train nothing.",
+                stacklevel=3,
+            )
+        return rows
+
+    def unpadded(self, x, sample_weight=None, sequence_length=None):
+        """A batch of examples as a call gives them, each without its padding: what packing starts from.
+
+        Args:
+            x, sample_weight, sequence_length: as of a call. `x` is a batch.
+
+        Returns:
+            A list with one dict an example: int32 `token_ids` `[n]`, int32 `targets` `[n]`, the next tokens, and
+            float32 `weights` `[n]`, where `n` is one less than the number of tokens and at most `sequence_length`.
+
+        Raises:
+            ValueError: as a call, and for a single example.
+        """
+        length = sequence_length or self.sequence_length
+        examples, batched = examples_of(x)
+        if not batched:
+            raise ValueError(f"A batch of examples is expected; wrap a single one in a list. Received: {x!r}")
+        rows = self._training_rows(examples, length)
+        if sample_weight is None:
+            sample_weight = np.ones(len(rows))
+        example_weights = np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
+        return [_shifted(row, length, weight) for row, weight in zip(rows, example_weights)]
 
     def _call_in_tf_graph(self, x, sample_weight, length):
         leaves = keras.tree.flatten(x)
@@ -214,6 +241,14 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def save_to_preset(self, preset_dir):
         """Saves preprocessor and tokenizer into a preset folder that keras-hub reads as well."""
         checkpoints.save_preprocessor(self, preset_dir)
+
+
+def _shifted(row, length, weight):
+    token_ids = np.asarray(row.ids[: length + 1], "int32")
+    learned = np.asarray(row.learned[1 : length + 1], "float32")
+    # One weight for all tokens, or one for each column.
+    weights = learned * (weight if len(weight) == 1 else weight[: len(learned)])
+    return {"token_ids": token_ids[:-1], "targets": token_ids[1:], "weights": weights}
 
 
 def check_room(prompt_length, max_length):

@@ -151,6 +151,24 @@ def test_a_grain_data_set_without_end_stays_one():
     assert [batch[0].tolist() for batch in itertools.islice(wrapped, 4)] == [["a", "b"], ["c", "d"], ["e"], ["a", "b"]]
 
 
+def test_finished_batches_pass_as_they_are():
+    import grain
+    import tensorflow as tf
+
+    finished = {"token_ids": np.ones((2, 3), "int32")}, np.zeros((2, 3), "int32"), np.ones((2, 3), "float32")
+
+    def refuse(*parts):
+        raise AssertionError("preprocessed again")
+
+    source = grain.MapDataset.source([finished])
+    for form in (source, source.to_iter_dataset(), iter([finished]), tf.data.Dataset.from_tensors(finished)):
+        batches = data.preprocessed(form, None, None, None, refuse)
+        ((x, y, weights),) = itertools.islice(batches, 1)
+        np.testing.assert_array_equal(x["token_ids"], finished[0]["token_ids"])
+        np.testing.assert_array_equal(y, finished[1])
+        np.testing.assert_array_equal(weights, finished[2])
+
+
 @pytest.mark.parametrize("share, sizes", [(0.2, (4, 1)), (0.5, (2, 3)), (0.01, (4, 1))])
 def test_validation_takes_the_last_examples(share, sizes):
     (x, y, weights), (x_last, y_last, weights_last) = data.split_off_validation(

@@ -1,0 +1,17 @@
+"""Packages that only training input needs, imported when they are used."""
+
+import importlib
+
+
+def required(module):
+    """The imported `module` of the extra `train`.
+
+    Raises:
+        ImportError: where it is missing, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{module} is missing ({error}). Install it with: pip install "keras_gemma[train]"'
+        ) from error
