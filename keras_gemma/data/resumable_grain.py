@@ -4,7 +4,8 @@ import json
 
 import grain
 
-from keras_gemma.data import resumable
+from keras_gemma.data.resumable import OTHER_BATCH
+from keras_gemma.data.resumable import digest
 
 
 class IteratedBatches(grain.IterDataset):
@@ -45,7 +46,7 @@ class IteratedBatches(grain.IterDataset):
     def restore(self, state, place):
         self._start = state
         if state is not None and not _Drawn(self._parent, state, self._endless).begins_as_saved:
-            raise ValueError(resumable.OTHER_BATCH.format(place=place))
+            raise ValueError(OTHER_BATCH.format(place=place))
 
     def fingerprint(self):
         return {"kind": "grain.IterDataset"}
@@ -93,7 +94,7 @@ class _Drawn(grain.DatasetIterator):
 
     def state(self, count):
         before, batch = self._kept[count]
-        return {"before": before, "last_batch": resumable.digest(batch)}
+        return {"before": before, "last_batch": digest(batch)}
 
     def forget(self, before):
         for count in [count for count in self._kept if count < before]:

@@ -23,8 +23,8 @@ from keras_gemma.training.errors import CheckpointNotSavedError
 from keras_gemma.training.errors import DamagedCheckpointError
 
 DIGESTS = "digests.json"
-# Orbax marks a complete folder with it after the digests are taken.
-MARK_OF_ORBAX = "commit_success.txt"
+# Orbax writes the time of the end into these, after the digests are taken.
+WRITTEN_LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
 
 
 class CheckpointFolder:
@@ -182,9 +182,7 @@ class CheckpointFolder:
         final = self.path / str(self._being_saved)
         # Object stores cannot rename: there Orbax writes to the final place and marks it as complete.
         unfinished = next(iter(self.path.glob(f"{final.name}.orbax-checkpoint-tmp*")), final)
-        partial = unfinished / f"{DIGESTS}.part"
-        partial.write_text(json.dumps(_digests(unfinished)))
-        partial.rename(unfinished / DIGESTS)
+        (unfinished / DIGESTS).write_text(json.dumps(_digests(unfinished)))
 
 
 class _NamingErrors:
@@ -239,7 +237,7 @@ def _damage(folder, part=0, parts=1):
 def _digests(folder, names=None):
     if names is None:
         names = [str((parent / name).relative_to(folder)) for parent, _, files in folder.walk() for name in files]
-    names = [name for name in names if not name.endswith(MARK_OF_ORBAX) and name != f"{DIGESTS}.part"]
+    names = [name for name in names if name.split("/")[-1] not in WRITTEN_LATER]
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names)))
 

@@ -39,7 +39,7 @@ def _key(index, variable):
 
 def _without_numbers(path):
     # Keras numbers names through a process: the second model's optimizer is `adam_1`.
-    return re.sub(r"_\d+(?=/|$)", "", path).replace("/", " ")
+    return re.sub(r"_\d+(?=[/_]|$)", "", path).replace("/", " ")
 
 
 def _value(variable):

@@ -1,12 +1,15 @@
-"""A short training run in a process of its own, for tests that kill it.
+"""Short training runs, each in a process of its own, for tests that kill them.
 
-`python run.py FOLDER DATA` writes the loss of each step to FOLDER/losses.txt (`step loss`, the loss in hexadecimal),
-checkpoints to FOLDER/checkpoints, and at its end FOLDER/weights.npz and FOLDER/history.json.
+Reads `FOLDER DATA` from the standard input, one run a line, forks, and prints the child's process id, then its exit
+status. Imports are made once, before any fork. A run writes the loss after each step to FOLDER/losses.txt (epoch,
+batch, loss in hexadecimal), checkpoints to FOLDER/checkpoints, and at its end FOLDER/weights.npz and
+FOLDER/history.json.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -26,7 +29,7 @@ from keras_gemma.models import GemmaCausalLM  # noqa: E402
 VOCABULARY = 64
 LENGTH = 8
 BATCH = 4
-EXAMPLES = 30
+EXAMPLES = 32
 EPOCHS = 3
 
 
@@ -70,30 +73,44 @@ DATA = {"arrays": arrays, "grain": grain_batches}
 class Losses(keras.callbacks.Callback):
     """Writes what Keras reports after each step: the mean loss over the epoch up to there."""
 
-    def __init__(self, path):
+    def __init__(self, path, seconds_per_step):
         super().__init__()
         self._file = path.open("a")
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._file.write(f"{self._epoch} {batch} {logs['loss'].hex()}\n")
-        self._file.flush()
+        self._seconds_per_step = seconds_per_step
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
 
+    def on_train_batch_end(self, batch, logs=None):
+        self._file.write(f"{self._epoch} {batch} {logs['loss'].hex()}\n")
+        self._file.flush()
+        time.sleep(self._seconds_per_step)
 
-def train(folder, data="arrays", epochs=EPOCHS, **settings):
+
+def train(folder, data="arrays", seconds_per_step=0.0, epochs=EPOCHS, **settings):
     model = make_model()
     resume = training.ExactResume(folder / "checkpoints", **{"save_every_steps": 3, **settings})
-    history = model.fit(**DATA[data](), epochs=epochs, verbose=0, callbacks=[Losses(folder / "losses.txt"), resume])
+    losses = Losses(folder / "losses.txt", seconds_per_step)
+    history = model.fit(**DATA[data](), epochs=epochs, verbose=0, callbacks=[losses, resume])
     return model, history
 
 
-def main(folder, data):
-    model, history = train(folder, data)
+def run(folder, data):
+    model, history = train(folder, data, seconds_per_step=0.02)
     (folder / "history.json").write_text(json.dumps({"epoch": history.epoch, **history.history}))
     np.savez(folder / "weights.npz", *[np.asarray(variable.value) for variable in model.variables])
 
 
+def main():
+    for line in sys.stdin:
+        folder, data = line.split()
+        child = os.fork()
+        if not child:
+            run(Path(folder), data)
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main()
