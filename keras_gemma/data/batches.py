@@ -13,6 +13,8 @@ import keras
 import numpy as np
 
 DEFAULT_BATCH_SIZE = 32
+# Grain's repeated data sets have a length of this order, or a part of it once they are batched.
+ENDLESS = 2**40
 
 
 def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
@@ -75,7 +77,7 @@ def _is_torch_loader(x):
 
 def _preprocessed_grain(x, preprocess):
     grain = sys.modules["grain"]
-    if isinstance(x, grain.MapDataset) and len(x) < sys.maxsize:
+    if isinstance(x, grain.MapDataset) and len(x) < ENDLESS:
         return GrainBatches(x, preprocess)
     if isinstance(x, grain.DataLoader):
         return (_preprocess_batch(preprocess, batch) for batch in x)

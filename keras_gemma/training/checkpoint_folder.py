@@ -11,6 +11,7 @@ Orbax checks the sums of some of its files only, so the digests are compared bef
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -141,12 +142,19 @@ class CheckpointFolder:
     def not_saved(self, error):
         """The error that a user reads, from the one that a library raised."""
         step, self._being_saved = self._being_saved, None
+        if jax.process_index() == 0:
+            self._remove_half_written(step)
         good = self.last_good()
         return CheckpointNotSavedError(
             f"The checkpoint of step {step} could not be written to {self.path}{_reason(error)}. "
             + (f"The last good checkpoint is {good}" if good else "There is no earlier checkpoint")
             + ": make room or choose another folder, then start `fit` again to go on from there."
         )
+
+    def _remove_half_written(self, step):
+        for path in self.path.glob(f"{step}.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(OSError):
+                path.rmtree()
 
     def read(self, step):
         """What `save` was given as `run` and, by this process, as `host`.

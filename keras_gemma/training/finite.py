@@ -38,6 +38,8 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
         self._raised = False
         self._turn = threading.Condition()
         self._running = collections.deque()
+        # `self.model` moves JAX's state about, so that it must not be touched from another thread.
+        self._steps_per_execution = self.model.steps_per_execution
 
     def on_train_batch_begin(self, batch, logs=None):
         with self._turn:
@@ -46,7 +48,7 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if "loss" not in logs:
             raise ValueError(f"The train step has to report a 'loss'. Received: {sorted(logs)}")
-        first = batch - self.model.steps_per_execution + 1
+        first = batch - self._steps_per_execution + 1
         with self._turn:
             # One after the other. A batch for which another callback failed never has its turn: hence the time limit.
             self._turn.wait_for(lambda: self._running[0] == first, timeout=5)

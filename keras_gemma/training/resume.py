@@ -170,6 +170,7 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
         self._settings = settings
         self._logs = None
         self._due = False
+        self._saved_step = place.step if checkpoint else None
         self._saved_at = time.monotonic()
         self._train_function = None
         super().__init__(callbacks, add_history=True, add_progbar=add_progbar, model=model, **params)
@@ -198,7 +199,8 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
     def _restore(self):
         run = self._checkpoint.run
         extra = {"callbacks": _empty_arrays(run["callback_arrays"])}
-        arrays = self._folder.read_variables(self._checkpoint.step, {**run_state.arrays_of(self.model), **extra})
+        wanted = {**run_state.places_for_arrays(self.model), **extra}
+        arrays = self._folder.read_variables(self._checkpoint.step, wanted)
         run_state.assign(self.model, arrays)
         self._states.restore(run["callbacks"], arrays["callbacks"])
         run_state.set_random_state(self._checkpoint.host["random"])
@@ -255,8 +257,9 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
     def _save(self):
         self._due = False
         self._saved_at = time.monotonic()
-        if self._place.step in self._folder.steps():
+        if self._place.step == self._saved_step:
             return
+        self._saved_step = self._place.step
         self._flush_futures()
         self._refuse_non_finite()
         arrays = self._states.arrays()

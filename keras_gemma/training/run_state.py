@@ -24,13 +24,17 @@ def variables_of(model):
 
 def arrays_of(model):
     """The values of all variables as `{group: {"0000 path": array}}`; on JAX as they lie on the devices."""
-    if hasattr(model, "jax_state_sync"):
-        # In the middle of an epoch the values are with the trainer.
-        model.jax_state_sync()
+    _collect_values(model)
     return {
         group: {_key(index, variable): _value(variable) for index, variable in enumerate(variables)}
         for group, variables in variables_of(model).items()
     }
+
+
+def _collect_values(model):
+    # In the middle of an epoch JAX's values are with the trainer.
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 def _key(index, variable):
@@ -46,6 +50,21 @@ def _value(variable):
     return variable.value if keras.backend.backend() == "jax" else keras.ops.convert_to_numpy(variable.value)
 
 
+def places_for_arrays(model):
+    """What `arrays_of` gives, as the form in which a checkpoint's arrays are wanted.
+
+    Without a distribution they are wanted as NumPy arrays: JAX compiles the train step anew for arrays that are bound
+    to a device, as those that a checkpoint gives would be and those of a new model are not.
+    """
+    arrays = arrays_of(model)
+    if keras.distribution.distribution() is not None:
+        return arrays
+    return {
+        group: {key: np.empty(array.shape, array.dtype) for key, array in of_group.items()}
+        for group, of_group in arrays.items()
+    }
+
+
 def assign(model, arrays):
     """Puts `arrays`, in the structure of `arrays_of`, into the model."""
     for group, variables in variables_of(model).items():
@@ -55,6 +74,7 @@ def assign(model, arrays):
 
 def all_finite(model):
     """Whether no weight is NaN or infinite."""
+    _collect_values(model)
     finite = [keras.ops.all(keras.ops.isfinite(variable.value)) for variable in model.trainable_variables]
     return all(bool(keras.ops.convert_to_numpy(one)) for one in finite)
 
@@ -182,6 +202,9 @@ class CallbackStates:
             callback = next((callback for callback in left if type(callback).__name__ == class_name), None)
             if callback is not None:
                 left.remove(callback)
+                if getattr(callback, "monitor_op", True) is None:
+                    # Keras does this later, and changes the sign of a number that is restored here.
+                    callback._set_monitor_op()
                 vars(callback).update({**attributes, **_array_lists(arrays, number)})
 
     def _changed(self, number):
