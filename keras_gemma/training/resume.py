@@ -25,7 +25,7 @@ class ExactResume(keras.callbacks.Callback):
     `model.fit(x, epochs=3, callbacks=[ExactResume("run/checkpoints", save_every_steps=100)])`, run again after the
     process was killed at whatever moment, starts from the newest complete checkpoint. Losses, metrics, history and
     weights are then equal to the bit to those of a run that was never killed, on the same machine with the same
-    versions. A finished run that is started again trains nothing and returns its history.
+    versions. JAX only. A finished run that is started again trains nothing and returns its history.
 
     Kept are weights, optimizer, metrics, seed generators, the global generators of Keras, NumPy and Python, the place
     in the data and the order of the examples, the history, and what other callbacks came to know. A new checkpoint is
@@ -83,13 +83,13 @@ class ExactResume(keras.callbacks.Callback):
             A `keras.callbacks.History` that begins where the run began.
 
         Raises:
-            ValueError: for data that cannot start in its middle.
+            ValueError: for data that cannot start in its middle, and other backends than JAX.
             DamagedCheckpointError, ForeignCheckpointError: if the newest checkpoint cannot be gone on from.
             CheckpointNotSavedError: if a checkpoint cannot be written.
             NonFiniteLossError: before a state with a NaN or infinite loss or weight would be saved.
         """
-        if keras.backend.backend() == "torch":
-            raise ValueError("An exact resume works on JAX and TensorFlow. Received: the backend torch")
+        if keras.backend.backend() != "jax":
+            raise ValueError(f"An exact resume works on JAX. Received: the backend {keras.backend.backend()}")
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise ValueError("Pass `callbacks` as a list beside `ExactResume`. Received: a CallbackList")
         steps_per_epoch, epochs = kwargs.get("steps_per_epoch"), kwargs.get("epochs", 1)
@@ -208,8 +208,7 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
     def _skip(self):
         logs = self._checkpoint.run["logs"]
         self._train_function = self.model.train_function
-        # On JAX it is given the state and hands it on.
-        self.model.train_function = lambda *args: (logs, args[0]) if len(args) == 2 else logs
+        self.model.train_function = lambda state, iterator: (logs, state)
 
     def _is_skipped(self, batch):
         return self._train_function is not None and batch < self._place.batch

@@ -23,18 +23,13 @@ def variables_of(model):
 
 
 def arrays_of(model):
-    """The values of all variables as `{group: {"0000 path": array}}`; on JAX as they lie on the devices."""
-    _collect_values(model)
+    """The values of all variables as `{group: {"0000 path": array}}`, as they lie on the devices."""
+    # In the middle of an epoch the values are with the trainer.
+    model.jax_state_sync()
     return {
-        group: {_key(index, variable): _value(variable) for index, variable in enumerate(variables)}
+        group: {_key(index, variable): variable.value for index, variable in enumerate(variables)}
         for group, variables in variables_of(model).items()
     }
-
-
-def _collect_values(model):
-    # In the middle of an epoch JAX's values are with the trainer.
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
 
 
 def _key(index, variable):
@@ -44,10 +39,6 @@ def _key(index, variable):
 def _without_numbers(path):
     # Keras numbers names through a process: the second model's optimizer is `adam_1`.
     return re.sub(r"_\d+(?=[/_]|$)", "", path).replace("/", " ")
-
-
-def _value(variable):
-    return variable.value if keras.backend.backend() == "jax" else keras.ops.convert_to_numpy(variable.value)
 
 
 def places_for_arrays(model):
@@ -74,7 +65,7 @@ def assign(model, arrays):
 
 def all_finite(model):
     """Whether no weight is NaN or infinite."""
-    _collect_values(model)
+    model.jax_state_sync()
     finite = [keras.ops.all(keras.ops.isfinite(variable.value)) for variable in model.trainable_variables]
     return all(bool(keras.ops.convert_to_numpy(one)) for one in finite)
 

@@ -16,15 +16,16 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from keras_gemma import startup
 
-startup.leave_out_tensorflow()
-startup.silence_libraries()
+if __name__ == "__main__":
+    startup.leave_out_tensorflow()
+    startup.silence_libraries()
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
+import keras
+import numpy as np
 
-from keras_gemma import training  # noqa: E402
-from keras_gemma.models import GemmaBackbone  # noqa: E402
-from keras_gemma.models import GemmaCausalLM  # noqa: E402
+from keras_gemma import training
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
 
 VOCABULARY = 64
 LENGTH = 8
