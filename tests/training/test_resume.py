@@ -1,6 +1,7 @@
 """Checkpoints of `fit`, what goes on from them, and what is refused."""
 
 import errno
+import random
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,20 @@ def test_validation_and_callbacks_that_remember(tmp_path):
 
     arguments = {"validation_data": (ROWS, LABELS), "epochs": 5}
     assert_resumes_exactly(tmp_path, crashes=[8], make_callbacks=callbacks, **arguments)
+
+
+def test_global_generators_go_on(tmp_path):
+    class Draw(Seen):
+        def on_train_batch_end(self, batch, logs=None):
+            drawn = random.random(), np.random.normal(), float(keras.random.normal(()))
+            self._add((self._epoch, batch), drawn)
+
+    expected, found = {}, {}
+    fit(make_model(), tmp_path / "unbroken", callbacks=[Draw(expected)])
+    with pytest.raises(Crash):
+        fit(make_model(), tmp_path / "crashed", callbacks=[Draw(found), CrashAt(9)])
+    fit(make_model(), tmp_path / "crashed", callbacks=[Draw(found)])
+    assert found == expected
 
 
 def test_a_finished_run_trains_nothing_and_returns_its_history(tmp_path):
