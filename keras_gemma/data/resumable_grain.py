@@ -19,7 +19,9 @@ class IteratedBatches(grain.IterDataset):
         self._drawn = None
 
     def __iter__(self):
-        self._drawn = _Drawn(self._parent, self._start, self._endless)
+        # Before the first epoch Keras draws some batches to see what they are like, and there may be none left.
+        start = None if self._first is None else self._start
+        self._drawn = _Drawn(self._parent, start, self._endless)
         return self._drawn
 
     def begin_epoch(self, place):

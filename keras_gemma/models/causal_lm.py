@@ -8,7 +8,6 @@ from keras_gemma import checkpoints
 from keras_gemma import data
 from keras_gemma import generation
 from keras_gemma import kernels
-from keras_gemma import training
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.backbone import refuse_wrong_export
@@ -19,6 +18,7 @@ from keras_gemma.models.presets import Presets
 from keras_gemma.training import NextTokenLoss
 from keras_gemma.training import Perplexity
 from keras_gemma.training import TokenAccuracy
+from keras_gemma.training import exact_resume_among
 from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
 
@@ -245,7 +245,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
-        if exact_resume := training.exact_resume_among(kwargs.get("callbacks")):
+        if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 

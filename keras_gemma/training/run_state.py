@@ -82,6 +82,7 @@ def settings(model, steps_per_epoch):
         "processes": jax.process_count(),
         "steps_per_epoch": steps_per_epoch,
         "steps_per_execution": model.steps_per_execution,
+        "gradient_accumulation_steps": getattr(model, "gradient_accumulation_steps", 1),
     }
 
 

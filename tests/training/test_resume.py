@@ -15,6 +15,7 @@ from keras_gemma import training
 from keras_gemma.training import checkpoint_folder
 
 pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("grain")
 if keras.backend.backend() != "jax":
     pytest.skip("An exact resume is refused elsewhere.", allow_module_level=True)
 
@@ -123,8 +124,10 @@ def grain_rows(repeat=False):
     return (rows.repeat() if repeat else rows).batch(BATCH)
 
 
-def endless_grain():
-    return grain_rows(repeat=True).to_iter_dataset().map(of_rows)
+def grain_iterator(repeat=False):
+    import grain
+
+    return grain_rows(repeat).to_iter_dataset(grain.ReadOptions(num_threads=0)).map(of_rows)
 
 
 def resume(folder, **settings):
@@ -171,29 +174,33 @@ def test_examples_go_on_in_their_order(tmp_path):
     assert_resumes_exactly(tmp_path)
 
 
-@pytest.mark.parametrize("crash", [1, 6, 7, 17])
+@pytest.mark.parametrize("crash", [6, 7, *(pytest.param(crash, marks=pytest.mark.slow) for crash in (1, 17))])
 def test_at_the_beginning_and_the_end_of_epochs(tmp_path, crash):
     assert_resumes_exactly(tmp_path, crashes=[crash])
 
 
-@pytest.mark.parametrize(
-    "make_data, arguments",
-    {
-        "PyDataset": (lambda: of_batches(Batches()), {"shuffle": True}),
-        "PyDataset with a state": (lambda: of_batches(Turning()), {}),
-        "grain.MapDataset": (lambda: of_batches(grain_rows().map(of_rows)), {}),
-        "grain.IterDataset": (lambda: of_batches(endless_grain()), {"steps_per_epoch": 5}),
-        "a finite grain.IterDataset": (lambda: of_batches(grain_rows().to_iter_dataset().map(of_rows)), {"epochs": 2}),
-        "grain that repeats": (lambda: of_batches(grain_rows(True).map(of_rows)), {"steps_per_epoch": 5}),
-        "passes across epochs": (examples, {"steps_per_epoch": 4}),
-        "a finite IterDataset across epochs": (
-            lambda: of_batches(grain_rows().to_iter_dataset().map(of_rows)),
-            {"steps_per_epoch": 4},
-        ),
-    }.values(),
-)  # fmt: skip
+FORMS = {
+    "PyDataset": (lambda: of_batches(Batches()), {"shuffle": True}),
+    "PyDataset with a state": (lambda: of_batches(Turning()), {}),
+    "grain.MapDataset": (lambda: of_batches(grain_rows().map(of_rows)), {}),
+    "grain.IterDataset": (lambda: of_batches(grain_iterator(repeat=True)), {"steps_per_epoch": 5}),
+    "a finite grain.IterDataset": (lambda: of_batches(grain_iterator()), {"epochs": 2}),
+}
+RARER_FORMS = {
+    "examples across epochs": (examples, {"steps_per_epoch": 4}),
+    "a grain.MapDataset that repeats": (lambda: of_batches(grain_rows(True).map(of_rows)), {"steps_per_epoch": 5}),
+    "a finite grain.IterDataset across epochs": (lambda: of_batches(grain_iterator()), {"steps_per_epoch": 4}),
+}
+
+
+@pytest.mark.parametrize("make_data, arguments", FORMS.values(), ids=FORMS)
 def test_every_form_of_data_goes_on(tmp_path, make_data, arguments):
-    pytest.importorskip("grain")
+    assert_resumes_exactly(tmp_path, crashes=[8], make_data=make_data, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_data, arguments", {**FORMS, **RARER_FORMS}.values(), ids={**FORMS, **RARER_FORMS})
+def test_every_form_of_data_goes_on_from_two_crashes(tmp_path, make_data, arguments):
     assert_resumes_exactly(tmp_path, make_data=make_data, **arguments)
 
 
