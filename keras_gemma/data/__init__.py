@@ -25,6 +25,8 @@ from keras_gemma.data.loader import training_batches
 from keras_gemma.data.mixture import Stage
 from keras_gemma.data.mixture import mixture
 from keras_gemma.data.packed_examples import packed
+from keras_gemma.data.resumable import Place
+from keras_gemma.data.resumable import resumable
 from keras_gemma.data.sources import from_array_record
 from keras_gemma.data.sources import from_jsonl
 from keras_gemma.data.sources import from_parquet
@@ -32,6 +34,7 @@ from keras_gemma.data.sources import from_tfds
 from keras_gemma.data.sources import write_array_record
 
 __all__ = [
+    "Place",
     "Stage",
     "from_array_record",
     "from_jsonl",
@@ -41,6 +44,7 @@ __all__ = [
     "mixture",
     "packed",
     "preprocessed",
+    "resumable",
     "split_off_validation",
     "tokenize_ahead",
     "training_batches",

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 
 DEFAULT_BATCH_SIZE = 32
+# Grain's repeated data sets have a length of this order, or a part of it once they are batched.
+ENDLESS = 2**40
 
 
 def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
@@ -45,7 +47,7 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         return batches.prefetch(tf.data.AUTOTUNE)
-    if _is_grain(x):
+    if is_grain(x):
         return _preprocessed_grain(x, preprocess)
     if _is_torch_loader(x):
         return _preprocessed_torch(x, preprocess)
@@ -57,7 +59,7 @@ def yields_batches(x):
     return (
         isinstance(x, (keras.utils.PyDataset, collections.abc.Iterator))
         or _is_tf_dataset(x)
-        or _is_grain(x)
+        or is_grain(x)
         or _is_torch_loader(x)
     )
 
@@ -67,7 +69,7 @@ def _is_tf_dataset(x):
     return tf is not None and hasattr(tf, "data") and isinstance(x, tf.data.Dataset)
 
 
-def _is_grain(x):
+def is_grain(x):
     # A Grain data set can only exist where Grain has been imported.
     grain = sys.modules.get("grain")
     return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset, grain.DataLoader))
@@ -80,7 +82,7 @@ def _is_torch_loader(x):
 
 def _preprocessed_grain(x, preprocess):
     grain = sys.modules["grain"]
-    if isinstance(x, grain.MapDataset) and len(x) < sys.maxsize:
+    if isinstance(x, grain.MapDataset) and len(x) < ENDLESS:
         return GrainBatches(x, preprocess)
     if isinstance(x, grain.DataLoader):
         return (_preprocess_batch(preprocess, batch) for batch in x)
@@ -159,27 +161,47 @@ class ExampleBatches(keras.utils.PyDataset):
         self._parts = (x, y, sample_weight)
         if counts == {0}:
             raise ValueError("At least one example is needed. Received none.")
-        self._order = np.arange(counts.pop())
-        self._batch_size = batch_size
+        self.example_count = counts.pop()
+        self.batch_size = batch_size
         self._preprocess = preprocess
-        self._shuffle = shuffle
+        self.orders = Orders(self.example_count, shuffle)
+        self._pass = -1
         self._pass_is_over = True
 
     def __len__(self):
-        return math.ceil(len(self._order) / self._batch_size)
+        return math.ceil(self.example_count / self.batch_size)
 
     def __getitem__(self, index):
         # Not at the end of Keras' epoch: with `steps_per_epoch` that falls into the middle of a pass.
         if index == 0 and self._pass_is_over:
-            self._draw_order()
+            self._pass += 1
         self._pass_is_over = index == len(self) - 1
-        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self.batch(self._pass, index)
+
+    def batch(self, pass_number, index):
+        """The batch at `index` of a pass, whatever was asked for before."""
+        rows = self.orders[pass_number][index * self.batch_size : (index + 1) * self.batch_size]
         return self._preprocess(*(take(part, rows) for part in self._parts))
 
-    def _draw_order(self):
-        if self._shuffle:
-            # The global generator is the one that `keras.utils.set_random_seed` seeds.
-            np.random.shuffle(self._order)
+
+class Orders:
+    """The order of `count` things in each pass over them: `orders[pass_number]`.
+
+    It follows from one number, `seed`, so that a pass can be drawn again without those before it.
+    """
+
+    def __init__(self, count, shuffle, seed=None):
+        self._count = count
+        # The global generator is the one that `keras.utils.set_random_seed` seeds.
+        self.seed = np.random.randint(2**31) if shuffle and seed is None else seed
+        self._drawn = None, np.arange(count)
+
+    def __getitem__(self, pass_number):
+        drawn, order = self._drawn
+        if self.seed is not None and drawn != (self.seed, pass_number):
+            order = np.random.default_rng((self.seed, pass_number)).permutation(self._count)
+            self._drawn = (self.seed, pass_number), order
+        return order
 
 
 class PreprocessedDataset(keras.utils.PyDataset):
@@ -191,24 +213,24 @@ class PreprocessedDataset(keras.utils.PyDataset):
             use_multiprocessing=dataset.use_multiprocessing,
             max_queue_size=dataset.max_queue_size,
         )
-        self._dataset = dataset
+        self.dataset = dataset
         self._preprocess = preprocess
 
     @property
     def num_batches(self):
-        return self._dataset.num_batches
+        return self.dataset.num_batches
 
     def __len__(self):
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index):
-        return _preprocess_batch(self._preprocess, self._dataset[index])
+        return _preprocess_batch(self._preprocess, self.dataset[index])
 
     def on_epoch_begin(self):
-        self._dataset.on_epoch_begin()
+        self.dataset.on_epoch_begin()
 
     def on_epoch_end(self):
-        self._dataset.on_epoch_end()
+        self.dataset.on_epoch_end()
 
 
 class GrainBatches(keras.utils.PyDataset):

@@ -69,7 +69,7 @@ class GemmaAttention(keras.layers.Layer):
         return query, kernels.rotate(self.key_dense(x), sine, cosine), self.value_dense(x)
 
     def _weight_dropout(self, training):
-        if not self.dropout:
+        if not self.dropout or not training:
             return None
         return lambda weights: self.dropout_layer(weights, training=training)
 

@@ -18,6 +18,7 @@ from keras_gemma.models.presets import Presets
 from keras_gemma.training import NextTokenLoss
 from keras_gemma.training import Perplexity
 from keras_gemma.training import TokenAccuracy
+from keras_gemma.training import exact_resume_among
 from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
 
@@ -251,6 +252,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
+        if exact_resume := exact_resume_among(kwargs.get("callbacks")):
+            return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):

@@ -1,5 +1,10 @@
-"""What `fit` needs around it: loss, step, optimizers, schedules, and a monitor."""
+"""What `fit` needs around it: loss, step, optimizers, schedules, a monitor, exact resume, and a stop at NaN."""
 
+from keras_gemma.training.errors import CheckpointNotSavedError
+from keras_gemma.training.errors import DamagedCheckpointError
+from keras_gemma.training.errors import ForeignCheckpointError
+from keras_gemma.training.errors import NonFiniteLossError
+from keras_gemma.training.finite import StopOnNonFiniteLoss
 from keras_gemma.training.flops import peak_flops
 from keras_gemma.training.flops import training_flops_per_token
 from keras_gemma.training.monitor import TrainingMonitor
@@ -11,6 +16,8 @@ from keras_gemma.training.optimizers import TOKEN_EMBEDDING
 from keras_gemma.training.optimizers import Adafactor
 from keras_gemma.training.optimizers import AdamW
 from keras_gemma.training.optimizers import Lion
+from keras_gemma.training.resume import ExactResume
+from keras_gemma.training.resume import exact_resume_among
 from keras_gemma.training.schedules import WarmUp
 from keras_gemma.training.token_count import TokenCount
 
@@ -19,13 +26,20 @@ __all__ = [
     "TOKEN_EMBEDDING",
     "Adafactor",
     "AdamW",
+    "CheckpointNotSavedError",
+    "DamagedCheckpointError",
+    "ExactResume",
+    "ForeignCheckpointError",
     "Lion",
     "NextTokenLoss",
+    "NonFiniteLossError",
     "Perplexity",
+    "StopOnNonFiniteLoss",
     "TokenAccuracy",
     "TokenCount",
     "TrainingMonitor",
     "WarmUp",
+    "exact_resume_among",
     "peak_flops",
     "training_flops_per_token",
 ]

@@ -40,8 +40,8 @@ def train_step(model, *arguments, microbatches=1):
         microbatches: int. Into how many parts the rows are cut; one at a time is in memory.
 
     Returns:
-        As `keras.Model.train_step`. The logs have `gradient_norm` besides the metrics: the global norm of the
-        gradients before the optimizer clips them.
+        As `keras.Model.train_step`. The logs have `tokens` and `gradient_norm` besides the metrics: tokens trained
+        on in this epoch, and the global norm of the gradients before the optimizer clips them.
     """
     return {"jax": _train_on_jax, "tensorflow": _train_on_tensorflow, "torch": _train_on_torch}[
         keras.backend.backend()
@@ -55,7 +55,7 @@ def test_step(model, *arguments):
     batch = _unpacked(*arguments)
     total_weight = _weight_or_one(batch)
     loss, outcome = model.outcome_of(batch, total_weight, 1.0, training=False)
-    return model.logs_with(loss, outcome, batch, total_weight)
+    return _without_token_count(model.logs_with(loss, outcome, batch, total_weight))
 
 
 def weights_of(batch):
@@ -93,6 +93,11 @@ def _cut(batch, microbatches):
         return ops.swapaxes(ops.reshape(x, (-1, microbatches, *ops.shape(x)[1:])), 0, 1)
 
     return keras.tree.map_structure(lambda x: None if x is None else cut(x), batch)
+
+
+def _without_token_count(logs):
+    # It is there for the speed of training and says nothing about an evaluation.
+    return {name: value for name, value in logs.items() if name != "tokens"}
 
 
 def global_norm(gradients):
@@ -153,7 +158,7 @@ def _test_on_jax(model, state, data):
     values = _values_of(model, trainable, non_trainable)
     loss, outcome, non_trainable = _outcome_on_jax(model, values, batch, total_weight, 1.0, training=False)
     logs, metrics_variables = _logs_on_jax(model, metrics_variables, loss, outcome, batch, total_weight)
-    return logs, (trainable, non_trainable, metrics_variables)
+    return _without_token_count(logs), (trainable, non_trainable, metrics_variables)
 
 
 def _values_of(model, trainable, non_trainable):
