@@ -18,6 +18,7 @@ from keras_gemma.models.presets import Presets
 from keras_gemma.training import NextTokenLoss
 from keras_gemma.training import Perplexity
 from keras_gemma.training import TokenAccuracy
+from keras_gemma.training import TokenCount
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
@@ -115,6 +116,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         )
         # Not among the attributes that Keras tracks: it would list them as metrics for good.
         self.__dict__["_token_metrics"] = list(weighted_metrics or ()) if needs_no_logits else None
+        self.__dict__["_token_count"] = TokenCount()
         self.gradient_accumulation_steps = gradient_accumulation_steps
         super().compile(
             optimizer=optimizer,
@@ -143,7 +145,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     @property
     def metrics(self):
-        return [*super().metrics, *(self.__dict__.get("_token_metrics") or ())]
+        own = [self._token_count] if "_token_count" in self.__dict__ else []
+        return [*super().metrics, *(self.__dict__.get("_token_metrics") or ()), *own]
 
     def train_step(self, *args):
         return step.train_step(self, *args, microbatches=self.gradient_accumulation_steps)
@@ -179,6 +182,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         self._loss_tracker.total.assign_add(loss * total_weight)
         self._loss_tracker.count.assign_add(step.weight_of(batch))
+        self._token_count.update_state(batch.y, sample_weight=batch.x["padding_mask"])
         if not self._trains_without_logits:
             return self.compute_metrics(batch.x, batch.y, outcome, batch.sample_weight)
         for metric in self._token_metrics:

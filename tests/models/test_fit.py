@@ -179,7 +179,7 @@ def test_fit_lowers_the_loss(make_model):
     history = model.fit(TEXTS, batch_size=BATCH, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.7 * history["loss"][0]
     assert history["perplexity"][-1] < history["perplexity"][0]
-    assert set(history) == {"loss", "perplexity", "token_accuracy", "gradient_norm"}
+    assert set(history) == {"loss", "perplexity", "token_accuracy", "gradient_norm", "tokens"}
 
 
 def test_the_default_of_compile_trains(make_model):
