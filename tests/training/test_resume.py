@@ -57,12 +57,12 @@ class Seen(keras.callbacks.Callback):
         self._add((self._epoch, batch), logs["loss"])
 
 
-def make_model(width=6, optimizer="adamw", activation="tanh", **compile_arguments):
-    keras.utils.set_random_seed(3)
+def make_model(width=6, optimizer="adamw", seed=3, **compile_arguments):
+    keras.utils.set_random_seed(seed)
     model = keras.Sequential(
         [
             keras.Input((5,)),
-            keras.layers.Dense(width, activation=activation),
+            keras.layers.Dense(width, activation="tanh"),
             keras.layers.Dropout(0.3),
             keras.layers.Dense(1),
         ]
@@ -154,13 +154,13 @@ def assert_resumes_exactly(folder, crashes=(5, 6), make_callbacks=list, compile_
     expected, found = {}, {}
     unbroken = make_model(**compile_arguments)
     history = fit(unbroken, folder / "unbroken", callbacks=[Seen(expected), *make_callbacks()], **arguments)
-    for crash in crashes:
+    for number, crash in enumerate(crashes):
         callbacks = [Seen(found), *make_callbacks(), CrashAt(crash)]
         with pytest.raises(Crash):
-            fit(make_model(**compile_arguments), folder / "crashed", callbacks=callbacks, **arguments)
-        # Nothing but the checkpoint may carry the state on.
-        keras.utils.set_random_seed(99)
-    resumed = make_model(**compile_arguments)
+            # From the second time on nothing but the checkpoint may carry the state on.
+            model = make_model(seed=3 + number, **compile_arguments)
+            fit(model, folder / "crashed", callbacks=callbacks, **arguments)
+    resumed = make_model(seed=99, **compile_arguments)
     again = fit(resumed, folder / "crashed", callbacks=[Seen(found), *make_callbacks()], **arguments)
     assert found == expected
     assert again.history == history.history and again.epoch == history.epoch
