@@ -4,13 +4,18 @@ import io
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+
 # Keras reads it once, when it is first imported.
 os.environ.setdefault("KERAS_BACKEND", "jax")
+# Tests make small models anew all the time: what one of them compiled, the others and their processes find again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 import sentencepiece
 
-ROOT = Path(__file__).parent.parent
 LICENSE = ROOT / "LICENSE"
 
 # For tests that start a Python of their own, wherever it runs and whether or not the package is installed.
@@ -57,3 +62,11 @@ def vocabulary():
 def shape(request):
     """Constructor arguments of a miniature backbone, once in the shape of 2B and once in that of 7B."""
     return dict(SHAPES[request.param])
+
+
+def pytest_collection_modifyitems(items):
+    """With several workers: each file on one of them, and first what takes longest, each backend by itself."""
+    for item in items:
+        by_itself = item.path.name == "test_backends.py"
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if by_itself else str(item.path)))
+    items.sort(key=lambda item: item.path.name != "test_backends.py")

@@ -17,7 +17,7 @@ MARKERS = "multi_backend and not slow and not tpu and not gpu and not network an
 @pytest.mark.parametrize("backend", sorted(OTHERS))
 def test_the_same_on(backend):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARKERS, "tests"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", MARKERS, "tests"],
         cwd=ROOT,
         env={**os.environ, "KERAS_BACKEND": backend},
         stdout=subprocess.PIPE,

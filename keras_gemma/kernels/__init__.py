@@ -13,6 +13,7 @@ from keras_gemma.kernels.cache import write_columns
 from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
 from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
+from keras_gemma.kernels.layer_stack import with_flags_bound
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_recomputed_row_chunks
@@ -43,5 +44,6 @@ __all__ = [
     "run_layers",
     "shards_of_batch",
     "vocabulary_loss",
+    "with_flags_bound",
     "write_columns",
 ]

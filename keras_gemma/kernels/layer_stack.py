@@ -1,5 +1,7 @@
 """Alike layers, one after another: unrolled or as one scanned program, keeping or recomputing what lies within."""
 
+from functools import partial
+
 import keras
 from keras import ops
 
@@ -19,11 +21,27 @@ def named(x, name):
     return checkpoint_name(x, name)
 
 
+def with_flags_bound(rematerialized_call):
+    """A layer's `rematerialized_call`, behind which `training`, `reverse` and other flags stay Python's.
+
+    `keras.RematScope` hands everything that a layer is called with to the recomputation, and JAX makes tensors of it.
+    """
+
+    def bound(layer_call, *args, **kwargs):
+        flags = {name: value for name, value in kwargs.items() if value is None or isinstance(value, bool)}
+        others = {name: value for name, value in kwargs.items() if name not in flags}
+        call = rematerialized_call(partial(layer_call, **flags), *args, **others)
+        return lambda *args, **kwargs: call(*args, **{k: v for k, v in kwargs.items() if k not in flags})
+
+    return bound
+
+
 def run_layers(layers, x, *arguments, recompute="none", scan="auto"):
     """Runs layers in training mode.
 
     A scan compiles one layer whatever their number; in exchange it copies the weights into one tensor a kind, in the
-    dtype of the computation. On a CPU that copy costs more than it saves, so `"auto"` scans on accelerators only.
+    dtype of the computation. On a CPU that copy costs more than it saves, so there `"auto"` scans for the sake of
+    recomputation only, which XLA for CPUs undoes in layers that are not in a loop.
 
     Args:
         layers: list of built Keras layers with the call arguments `(x, *arguments, training)`.
@@ -40,7 +58,7 @@ def run_layers(layers, x, *arguments, recompute="none", scan="auto"):
     if not on_jax():
         return _one_by_one(layers, x, arguments, recompute != "none")
     if scan == "auto":
-        scan = not on_jax_cpu()
+        scan = recompute != "none" or not on_jax_cpu()
     if scan and _is_traced(x) and _are_alike(layers):
         return _scanned(layers, x, arguments, recompute)
     for layer in layers:

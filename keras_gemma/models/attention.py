@@ -73,6 +73,9 @@ class GemmaAttention(keras.layers.Layer):
             return None
         return lambda weights: self.dropout_layer(weights, training=training)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
+
     def compute_output_shape(self, input_shape, *args):
         return input_shape
 

@@ -72,7 +72,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
             for `"block"`. May be set later, too, before `compile`. Not part of a preset.
         scan_layers: bool or `"auto"`. Whether compiled training on JAX runs the blocks as one scanned program, whose
             size and compile time do not grow with their number; variables stay those of each block. `"auto"` does so
-            on accelerators. Not part of a preset.
+            on accelerators, and on a CPU where something is recomputed. Not part of a preset.
         dtype: a dtype policy or its name. Norms, rotary embedding, softmax and logits are float32 under
             every policy.
         query_head_dim_normalize, use_post_ffw_norm, use_post_attention_norm, attention_logit_soft_cap,
@@ -222,6 +222,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         if is_packed(inputs):
             return keras.KerasTensor((*inputs["token_ids"].shape, self.hidden_dim), self.compute_dtype)
         return super().compute_output_spec(without_absent(inputs), training=training, mask=mask)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
 
     @staticmethod
     def get_layout_map(

@@ -67,6 +67,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             return keras.KerasTensor((*inputs["token_ids"].shape, self.backbone.vocabulary_size), "float32")
         return super().compute_output_spec(without_absent(inputs), training=training, mask=mask)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
+
     # === Training ===
 
     def compile(

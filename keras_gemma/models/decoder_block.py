@@ -92,6 +92,9 @@ class GemmaDecoderBlock(keras.layers.Layer):
         gate = keras.activations.gelu(self.gating_ffw(x), approximate=True)
         return self.ffw_linear(kernels.named(gate * self.gating_ffw_2(x), "gated"))
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
+
     def compute_output_shape(self, input_shape, *args):
         return input_shape
 

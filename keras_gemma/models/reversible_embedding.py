@@ -21,6 +21,9 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
             return super().call(inputs)
         return kernels.einsum_float32("...d,vd->...v", inputs, self.embeddings)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
+
     def _int8_call(self, inputs, reverse=False):
         outputs = super()._int8_call(inputs, reverse=reverse)
         return ops.cast(outputs, "float32") if reverse else outputs
