@@ -22,24 +22,26 @@ BENCHMARKS = {"generation": generation, "training": training}
 
 
 def rows_of(name, results):
-    """One row a ratio: what was measured, against whom, and how many times theirs ours is."""
+    """One row a ratio: what was measured, against whom, how many times theirs ours is, and what it should be."""
     if name == "generation":
-        return [(result["case"], "keras_hub", "speed", result["ratio"]) for result in results]
+        return [(r["case"], "keras_hub", "speed", r["ratio"], f"≥ {r['target']}") for r in results]
     rows = []
     for result in results:
         ours = result["keras_gemma"]
         for peer in ("keras_hub", "transformers"):
-            theirs = result[peer]
-            rows.append((result["case"], peer, "speed", ours["tokens_per_second"] / theirs["tokens_per_second"]))
-            rows.append((result["case"], peer, "memory", ours["peak_gib"] / theirs["peak_gib"]))
+            theirs, wanted = result[peer], result["targets"].get(peer, {})
+            speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            rows.append((result["case"], peer, "speed", speed, f"≥ {wanted['speed']}" if "speed" in wanted else ""))
+            memory = ours["peak_gib"] / theirs["peak_gib"]
+            rows.append((result["case"], peer, "memory", memory, f"≤ {wanted['memory']}" if "memory" in wanted else ""))
     return rows
 
 
 def print_table(rows):
     width = max(len(case) for case, *_ in rows)
-    print(f"{'case':{width}}  {'beside':12}  {'what':6}  ours / theirs")
-    for case, peer, what, ratio in rows:
-        print(f"{case:{width}}  {peer:12}  {what:6}  {ratio:.2f}")
+    print(f"{'case':{width}}  {'beside':12}  {'what':6}  ours / theirs  wanted")
+    for case, peer, what, ratio, wanted in rows:
+        print(f"{case:{width}}  {peer:12}  {what:6}  {ratio:13.2f}  {wanted}")
 
 
 def draw(rows, path):
@@ -48,10 +50,10 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = [f"{case}\n{what} beside {peer}" for case, peer, what, _ in rows]
-    colours = ["tab:blue" if what == "speed" else "tab:orange" for _, _, what, _ in rows]
+    labels = [f"{case}\n{what} beside {peer}" for case, peer, what, *_ in rows]
+    colours = ["tab:blue" if what == "speed" else "tab:orange" for _, _, what, *_ in rows]
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1), layout="constrained")
-    bars = axes.barh(labels, [ratio for *_, ratio in rows], color=colours)
+    bars = axes.barh(labels, [ratio for _, _, _, ratio, _ in rows], color=colours)
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("ours / theirs (speed: more is better; memory: less is better)")

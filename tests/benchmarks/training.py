@@ -34,6 +34,14 @@ CASES = {
         batch=(4, 256),
     ),
 }
+# How many times the peer's ours should be: speed at least, memory at most.
+TARGETS = {
+    "V 32000, 8 layers, D 512, batch 8 x 256": {"keras_hub": {"speed": 1.4, "memory": 0.6}},
+    "V 256000, 4 layers, D 256, batch 4 x 256": {
+        "keras_hub": {"speed": 1.5, "memory": 0.5},
+        "transformers": {"speed": 1.0},
+    },
+}
 STEPS = 3
 
 
@@ -41,7 +49,7 @@ def run(repeats):
     """Measures every case `repeats` times.
 
     Returns:
-        A list of dicts with `case`, and for every library `tokens_per_second` and `peak_gib`: the median and the
+        A list of dicts with `case`, `targets`, and for every library `tokens_per_second` and `peak_gib`: the median and the
         largest of its runs.
     """
     results = []
@@ -50,7 +58,8 @@ def run(repeats):
         for _ in range(repeats):
             for library in LIBRARIES:
                 runs[library].append(_measure_in_own_process(library, case))
-        results.append({"case": case, **{library: _summary(measured) for library, measured in runs.items()}})
+        summaries = {library: _summary(measured) for library, measured in runs.items()}
+        results.append({"case": case, "targets": TARGETS[case], **summaries})
     return results
 
 
