@@ -2,14 +2,12 @@
 
     python examples/pretrain.py
 
-It reads what Python's standard library says and does, or JSON lines with a "text" each, of which the first twentieth
-is held out and of long texts the first row is read:
+The text is what Python's standard library says and does. Killed, the same command goes on from its last checkpoint.
+For text of one's own, JSON lines with a "text" each, of which a row takes the beginning:
 
-    python examples/pretrain.py --text web=web.jsonl --text code=code.jsonl --weight web=0.8 --weight code=0.2
+    python examples/pretrain.py --output mine --text web=web.jsonl --text code=code.jsonl --weight web=4 --weight code=1
 
-Killed, the same command goes on from its last checkpoint. The preset is written at the end.
-
-Expected:
+Expected: @@@
 """
 
 import argparse
@@ -34,14 +32,16 @@ from keras_gemma import GemmaCausalLMPreprocessor
 from keras_gemma import data
 from keras_gemma import training
 
-HELD_OUT_SHARE = 1 / 20
-MOST_HELD_OUT = 100
-PROMPTS = ["Return the number of", "# textwrap\ndef indent("]
+HEAD_DIM = 32
+# Of the standard library, as long as nothing else is asked for.
+SHARES = {"prose": 3, "code": 1}
+LATE_SHARES = {"prose": 1, "code": 3}
+PROMPTS = ["Return the", "# textwrap\ndef indent("]
 
 
 def standard_library(folder):
-    """Writes the texts of both sources to `folder`, where that has not been done, and returns names and files."""
-    files = {name: folder / f"{name}.jsonl" for name in ("prose", "code")}
+    """Writes the texts of both sources to `folder`, unless they are there, and returns names and files."""
+    files = {name: folder / f"{name}.jsonl" for name in SHARES}
     if not all(file.exists() for file in files.values()):
         folder.mkdir(parents=True, exist_ok=True)
         for name, texts in prose_and_code().items():
@@ -52,30 +52,38 @@ def standard_library(folder):
 
 
 def split(files):
-    """Examples to train on and held-out texts, by source."""
+    """Examples to train on and held-out texts, by source: of each a twentieth, but no more than 100."""
     sources = {name: data.from_jsonl(file, fields=["text"]) for name, file in files}
-    counts = {name: min(MOST_HELD_OUT, math.ceil(len(source) * HELD_OUT_SHARE)) for name, source in sources.items()}
+    counts = {name: min(100, math.ceil(len(source) / 20)) for name, source in sources.items()}
     train = {name: source[counts[name] :] for name, source in sources.items()}
-    return train, {name: [sources[name][i]["text"] for i in range(count)] for name, count in counts.items()}
+    return train, {name: [source[i]["text"] for i in range(counts[name])] for name, source in sources.items()}
+
+
+def two_stages(options, names):
+    shares, late_shares = dict(options.weight), dict(options.late_weight)
+    if not options.text:
+        shares, late_shares = shares or SHARES, late_shares or LATE_SHARES
+    shares = shares or dict.fromkeys(names, 1)
+    return [data.Stage(shares, examples=options.late_after), data.Stage(late_shares or shares)]
 
 
 def build_model(options, preprocessor):
     backbone = GemmaBackbone(
         vocabulary_size=preprocessor.tokenizer.vocabulary_size(),
         num_layers=options.layers,
-        num_query_heads=options.width // 32,
+        num_query_heads=options.width // HEAD_DIM,
         num_key_value_heads=1,
-        head_dim=32,
         hidden_dim=options.width,
         intermediate_dim=8 * options.width,
+        head_dim=HEAD_DIM,
         recompute=options.recompute,
         dtype=options.dtype,
     )
-    steps = options.epochs * options.steps_per_epoch
-    schedule = training.WarmUp(options.learning_rate, warmup_steps=steps // 10, total_steps=steps, decay="cosine")
     model = GemmaCausalLM(backbone, preprocessor)
+    steps = options.epochs * options.steps_per_epoch
+    learning_rate = training.WarmUp(options.learning_rate, warmup_steps=steps // 10, total_steps=steps, decay="cosine")
     model.compile(
-        optimizer=training.AdamW(schedule, weight_decay=0.1),
+        optimizer=training.AdamW(learning_rate, weight_decay=0.1),
         loss=training.NextTokenLoss(z_loss=1e-4),
         gradient_accumulation_steps=options.accumulate,
     )
@@ -83,37 +91,34 @@ def build_model(options, preprocessor):
 
 
 def bits_per_byte(model, texts, batch_size):
-    """Of the part of each text that a row has room for."""
-    preprocessor = model.preprocessor
-    targets = [example["targets"] for example in preprocessor.unpadded(texts)]
-    bytes_ = sum(len(preprocessor.tokenizer.detokenize(ids).encode()) for ids in targets)
-    perplexity = model.evaluate(texts, batch_size=batch_size, pack=True, verbose=0, return_dict=True)["perplexity"]
-    return math.log2(perplexity) * sum(map(len, targets)) / bytes_
+    """Of as much of each text as a row takes."""
+    targets = [example["targets"] for example in model.preprocessor.unpadded(texts)]
+    size = sum(len(model.preprocessor.tokenizer.detokenize(ids).encode()) for ids in targets)
+    result = model.evaluate(texts, batch_size=batch_size, pack=True, verbose=0, return_dict=True)
+    return math.log2(result["perplexity"]) * sum(map(len, targets)) / size
 
 
 def main(options):
     keras.utils.set_random_seed(options.seed)
-    sources = options.text or standard_library(options.output / "text")
-    train, held_out = split(sources)
-    early = dict(options.weight) or dict.fromkeys(train, 1.0)
-    stages = [data.Stage(early, examples=options.late_after), data.Stage(dict(options.late_weight) or early)]
+    train, held_out = split(options.text or standard_library(options.output / "text"))
+    examples = data.mixture(train, two_stages(options, train), options.seed)
     preprocessor = GemmaCausalLMPreprocessor.from_preset("gemma_tiny_en", sequence_length=options.sequence_length)
-    batches = data.training_batches(data.mixture(train, stages, options.seed), preprocessor, options.batch_size)
+    batches = data.training_batches(examples, preprocessor, options.batch_size)
 
     model = build_model(options, preprocessor)
-    counts = ", ".join(f"{len(source):,} texts of {name}" for name, source in train.items())
-    print(f"{model.count_params():,} parameters, {counts}")
+    counts = [f"{len(source):,} texts of {name}" for name, source in train.items()]
+    print(", ".join([f"{model.count_params():,} parameters", *counts]))
     before = {name: bits_per_byte(model, texts, options.batch_size) for name, texts in held_out.items()}
     model.fit(
         batches,
         epochs=options.epochs,
         steps_per_epoch=options.steps_per_epoch,
         callbacks=[
-            training.TrainingMonitor(options.tensorboard, every=5),
+            training.TrainingMonitor(options.tensorboard),
             training.StopOnNonFiniteLoss(),
             training.ExactResume(options.output / "checkpoints", save_every_steps=options.save_every),
         ],
-        verbose=options.verbose,
+        verbose=2,
     )
     for name, texts in held_out.items():
         after = bits_per_byte(model, texts, options.batch_size)
@@ -121,42 +126,8 @@ def main(options):
     model.save_to_preset(options.output / "preset")
     print(f"preset: {options.output / 'preset'}")
     for prompt in PROMPTS:
-        print(f"\n--- sample\n{model.generate(prompt, max_new_tokens=40, sampler='top_k', seed=1)}")
-
-
-def parsed_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(name, default, help, **kwargs):
-        kwargs.setdefault("type", type(default))
-        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
-    def pairs(name, convert, help):
-        parser.add_argument(name, action="append", type=named(convert), default=[], help=help)
-
-    pairs("--text", Path, "a source and its file, NAME=FILE.jsonl (default: prose and code of the standard library)")
-    pairs("--weight", float, "a source's share of the examples at first, NAME=SHARE (default: alike)")
-    pairs("--late-weight", float, "a source's share later on, NAME=SHARE (default: as at first)")
-    option("--late-after", 2000, "examples until the later shares hold")
-    option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
-    option("--layers", 2, "decoder blocks")
-    option("--width", 128, "width of the hidden states, a multiple of 32")
-    option("--sequence-length", 256, "tokens of a row")
-    option("--batch-size", 16, "rows of a step")
-    option("--accumulate", 2, "parts that a batch is cut into, one of which is in memory at a time")
-    option("--epochs", 6, "lines of progress")
-    option("--steps-per-epoch", 25, "steps between them")
-    option("--save-every", 25, "steps between checkpoints")
-    option("--learning-rate", 5e-3, "at its peak")
-    option("--dtype", "float32", "of the model; mixed_bfloat16 pays on accelerators")
-    option("--recompute", "none", "what training computes twice to save memory", choices=["none", "dots", "block"])
-    option("--seed", 0, "of weights and order")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="folder for event files")
-    parser.add_argument("--verbose", type=int, default=1, choices=[0, 1, 2], help="as of fit (default: %(default)s)")
-    options = parser.parse_args()
-    if options.width % 32:
-        parser.error(f"--width is a multiple of 32. Received: {options.width}")
-    return options
+        print(f"\n--- {prompt!r} continued")
+        print(model.generate(prompt, max_new_tokens=40, sampler="top_k", seed=1))
 
 
 def named(convert):
@@ -169,10 +140,46 @@ def named(convert):
     return pair
 
 
+def parsed_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def pairs(name, convert, metavar, help):
+        parser.add_argument(name, action="append", type=named(convert), default=[], metavar=metavar, help=help)
+
+    def option(name, default, help, **kwargs):
+        kwargs.setdefault("type", type(default))
+        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
+
+    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: the standard library, prose and code)")
+    pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
+    pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
+    option("--late-after", 2000, "examples until the later shares hold")
+    option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
+    option("--layers", 2, "decoder blocks")
+    option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
+    option("--sequence-length", 256, "tokens of a row")
+    option("--batch-size", 8, "rows of a step")
+    option("--accumulate", 2, "parts of a step, one of which is in memory at a time")
+    option("--epochs", 6, "stretches that fit reports on")
+    option("--steps-per-epoch", 50, "steps of a stretch")
+    option("--save-every", 50, "steps from one checkpoint to the next")
+    option("--learning-rate", 5e-3, "its peak")
+    option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
+    option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
+    option("--seed", 0, "of weights and order")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="folder for event files")
+    options = parser.parse_args()
+    if options.width < HEAD_DIM or options.width % HEAD_DIM:
+        parser.error(f"--width is a multiple of {HEAD_DIM}. Received: {options.width}")
+    if unknown := {name for name, _ in options.weight + options.late_weight} - set(dict(options.text) or SHARES):
+        parser.error(f"--weight and --late-weight are of unknown sources: {', '.join(sorted(unknown))}")
+    return options
+
+
 if __name__ == "__main__":
     try:
         main(parsed_options())
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
         sys.exit(f"pretrain.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("pretrain.py: stopped; the same command goes on from the last checkpoint.")
+        sys.exit("pretrain.py: stopped. The same command goes on from the last checkpoint.")

@@ -14,6 +14,7 @@ from pathlib import Path
 SHORTEST_TEXT = 120
 LONGEST_TEXT = 1000
 LONGEST_SUMMARY = 100
+LONGEST_SIGNATURE = 60
 
 
 def prose_and_code():
@@ -31,8 +32,9 @@ def names_and_summaries():
     for name, tree in modules():
         for function in functions(tree):
             summary = (ast.get_docstring(function) or "").partition("\n")[0]
-            if summary.endswith(".") and len(summary) <= LONGEST_SUMMARY:
-                function_of.setdefault(summary, f"{name}.{function.name}({ast.unparse(function.args)})")
+            signature = f"{name}.{function.name}({ast.unparse(function.args)})"
+            if summary.endswith(".") and len(summary) <= LONGEST_SUMMARY and len(signature) <= LONGEST_SIGNATURE:
+                function_of.setdefault(summary, signature)
     summaries = scattered(function_of)
     return {"prompts": [function_of[summary] for summary in summaries], "responses": summaries}
 
