@@ -7,7 +7,9 @@ with a "prompts" and a "responses" each, of which the first tenth is held out:
 
     python examples/finetune_lora.py --output mine --pairs pairs.jsonl
 
-Expected: @@@
+Expected: before, prose that answers nothing. A minute or two of training on 2 cores later, answers in the style of
+documentation, if seldom true ones, and a perplexity of held-out responses of about 57 instead of 152. Adapters and a
+merged preset lie in `finetuned`.
 """
 
 import argparse

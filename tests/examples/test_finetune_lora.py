@@ -21,7 +21,7 @@ def finetune(*arguments):
 
 
 def test_adapters_learn_the_responses_and_are_saved_apart_and_merged(tmp_path):
-    pairs = [{"prompts": f"Captain number {n}", "responses": "To the north."} for n in range(400)]
+    pairs = [{"prompts": f"Captain number {n}", "responses": "To the north."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     size = ["--sequence-length=32", "--epochs=2", "--rank=2"]
     done = finetune("--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "tuned", *size)
