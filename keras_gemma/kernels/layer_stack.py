@@ -135,7 +135,7 @@ def _values(layer):
 
 def _states_of(layer):
     """The variables that a training step changes without gradients: the states of random generators."""
-    return [variable for variable in layer.non_trainable_variables if variable.dtype.startswith("uint")]
+    return [variable for variable in layer.non_trainable_variables if "seed_generator" in variable.path]
 
 
 def _assign(layer, values):
