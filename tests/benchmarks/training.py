@@ -49,8 +49,8 @@ def run(repeats):
     """Measures every case `repeats` times.
 
     Returns:
-        A list of dicts with `case`, `targets`, and for every library `tokens_per_second` and `peak_gib`: the median and the
-        largest of its runs.
+        A list of dicts with `case`, `targets`, and for every library `tokens_per_second` and `peak_gib`: the median
+        and the largest of its runs.
     """
     results = []
     for case in CASES:
