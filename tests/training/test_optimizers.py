@@ -143,7 +143,6 @@ def test_three_steps_are_those_of_the_paper(optimizer):
         np.testing.assert_allclose(numpy(weight), parameter.value, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.multi_backend
 def test_clipping_scales_all_gradients_by_their_common_norm():
     rng = np.random.default_rng(0)
     values, gradients = random_values(rng), random_values(rng)
@@ -199,7 +198,6 @@ def test_adafactor_needs_little_memory():
     assert state(keras.optimizers.Adafactor(RATE)) > size
 
 
-@pytest.mark.multi_backend
 def test_adafactor_caps_its_rate_only_when_told():
     moves = {}
     for relative_step in (False, True):

@@ -67,7 +67,6 @@ def mixed(compiled_once):
     return compiled_once[0]
 
 
-@pytest.mark.multi_backend
 def test_weights_gradients_and_moments_are_float32(mixed):
     x, y, weights = batch()
     mixed.train_on_batch(x, y, weights)
@@ -84,7 +83,6 @@ def test_gradients_accumulate_in_float32():
     assert dtypes(sums) == {"float32"} and len(sums) == len(optimizer._trainable_variables)
 
 
-@pytest.mark.multi_backend
 def test_a_step_taken_twice_is_the_same_to_the_bit(mixed):
     x, y, weights = batch()
     before = state(mixed)
