@@ -1,7 +1,8 @@
 """A backbone as generation sees it: the products of each block and of both ends, with weights given from outside.
 
 Two implementations of one interface. `LayerNetwork` calls the Keras layers and so serves every backend, dtype,
-quantization and adapter. `PackedNetwork` holds float32 weights rearranged once a call for a CPU under XLA.
+quantization and adapter. `PackedNetwork` holds float32 weights rearranged for a CPU under XLA, and keeps them for as
+long as the weights stay the same.
 
 What every block offers (B batch, T tokens, D width, N query heads, K key-value heads, H head dim):
 
@@ -26,7 +27,7 @@ from keras import ops
 from keras_gemma import kernels
 from keras_gemma.generation.programs import Program
 
-# A packed copy stands beside the weights while a call runs: worth it for models that leave room for two.
+# A packed copy stands beside the weights between calls, too: worth it for models that leave room for two.
 PACKED_BYTES = 4 * 2**30
 
 
