@@ -150,13 +150,21 @@ def test_int8(preset, tmp_path, logits):
 
     model = GemmaCausalLM.from_preset(tmp_path / "int8")
     assert model.backbone.token_embedding.embeddings.dtype == "int8"
-    np.testing.assert_allclose(logits(model), expected, atol=1e-5)
+    # Activations are rounded to 8 bits too: a last bit of float32 can tip one of them over to the next step.
+    np.testing.assert_allclose(logits(model), expected, atol=0.02)
+    _assert_same_weights(model, reference)
     model.save_to_preset(tmp_path / "ours")
     back = keras_hub.models.GemmaCausalLM.from_preset(str(tmp_path / "ours"))
-    np.testing.assert_allclose(logits(back), expected, atol=1e-5)
+    _assert_same_weights(back, reference)
+    np.testing.assert_allclose(logits(back), expected, atol=0.02)
     half = GemmaCausalLM.from_preset(tmp_path / "int8", dtype="bfloat16")
     assert half.backbone.token_embedding.embeddings.dtype == "int8"
     assert half.backbone.layer_norm.scale.dtype == "bfloat16"
+
+
+def _assert_same_weights(model, expected):
+    for one, other in zip(model.backbone.weights, expected.backbone.weights, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
 
 
 @ONE_SHAPE

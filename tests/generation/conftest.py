@@ -72,12 +72,17 @@ def rows_of(outputs):
     return [row[mask].tolist() for row, mask in zip(outputs["token_ids"], outputs["padding_mask"])]
 
 
-def assert_greedy(model, prompts, rows):
-    """Every token of `rows` after its prompt is the likeliest according to one full forward pass."""
+def assert_greedy(model, prompts, rows, margin=1e-4):
+    """Every token of `rows` after its prompt has the largest logit of one full forward pass, but for `margin`.
+
+    The margin is what rounding can do: a sequence and a cache are computed in different orders.
+    """
     batch, width = FORWARD
     inputs = tokens_of([*rows, *[rows[0]] * (batch - len(rows))], width)
     inputs["padding_mask"] = inputs["padding_mask"].astype("int32")
-    likeliest = np.asarray(keras.ops.convert_to_numpy(model.predict_on_batch(inputs))).argmax(-1)
-    for prompt, row, expected in zip(prompts, rows, likeliest):
+    logits = np.asarray(keras.ops.convert_to_numpy(model.predict_on_batch(inputs)))
+    for prompt, row, scores in zip(prompts, rows, logits):
         assert row[: len(prompt)] == prompt
-        assert row[len(prompt) :] == expected[len(prompt) - 1 : len(row) - 1].tolist()
+        of_new = scores[len(prompt) - 1 : len(row) - 1]
+        chosen = np.take_along_axis(of_new, np.array(row[len(prompt) :])[:, None], axis=-1)[:, 0]
+        assert (chosen >= of_new.max(-1) - margin).all()
