@@ -10,13 +10,14 @@ from keras_gemma.kernels.attention import cached_attention
 from keras_gemma.kernels.attention import causal_attention
 from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.feed_forward import geglu
+from keras_gemma.kernels.feed_forward import prefers_own_geglu
 from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
 from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.layer_stack import with_flags_bound
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
-from keras_gemma.kernels.products import in_recomputed_row_chunks
 from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
@@ -33,10 +34,11 @@ __all__ = [
     "causal_attention",
     "einsum_float32",
     "first_argmax",
-    "in_recomputed_row_chunks",
+    "geglu",
     "in_row_chunks",
     "logits_loss",
     "named",
+    "prefers_own_geglu",
     "prefers_packed_weights",
     "project",
     "prompt_attention",

@@ -4,7 +4,6 @@ from keras import ops
 
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
-from keras_gemma.kernels.platform import shards_of_batch
 
 # XLA's library for CPUs packs the right operand of a product at every call. Up to so many rows of activations it
 # is cheaper to let them be the right operand instead of the weight.
@@ -97,27 +96,6 @@ def in_row_chunks(function, *tensors):
     else:
         result = _mapped(function, tensors, chunks, -(-rows // chunks))[:rows]
     return ops.reshape(result, (batch, length, ops.shape(result)[-1]))
-
-
-def in_recomputed_row_chunks(function, x):
-    """As `in_row_chunks`, keeping nothing of a chunk for the backward pass but its input.
-
-    On a CPU, computing the chunk once more in the cache is no slower than writing its temporaries to memory and
-    reading them back. Elsewhere the function is applied as it is.
-
-    Args:
-        function: callable of a tensor `[1, R, D]` to one of that shape, which treats every row alike.
-        x: tensor `[B, T, D]`.
-
-    Returns:
-        A tensor `[B, T, D]`.
-    """
-    if not on_jax_cpu() or shards_of_batch() > 1:
-        return function(x)
-    import jax
-
-    chunk = jax.checkpoint(lambda rows: function(rows[None])[0], prevent_cse=False)
-    return in_row_chunks(chunk, x)
 
 
 def _mapped(function, tensors, chunks, chunk):

@@ -5,6 +5,7 @@ tokens, turned into the loss and, on JAX, at once into its gradients, and forgot
 """
 
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from keras_gemma.kernels.products import einsum_float32
 # Enough rows for the matrix unit to be busy, few enough for their logits to be small.
 TOKENS_AT_ONCE = 1024
 TOKENS_AT_ONCE_ON_CPU = 256
+# Into so many the gradient of the table is cut on a CPU, if its rows divide.
+PARTS_OF_TABLE = 16
 
 
 class TokenSums(NamedTuple):
@@ -206,8 +209,10 @@ def _gradients_in_cache(table, hidden, targets, weights, z_loss):
     logits = einsum_float32("td,vd->tv", hidden, table)
     largest = ops.max(logits, axis=-1)
     of_target = ops.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    # Without the barrier XLA computes the exponentials anew for each of their three uses.
-    exponentials = lax.optimization_barrier(ops.exp(logits - largest[:, None]))
+    # After all that reads the logits, so that the exponentials can take their place. Without the barrier XLA computes
+    # them anew for each of their three uses.
+    shift = largest + 0.0 * of_target
+    exponentials = lax.optimization_barrier(ops.exp(logits - shift[:, None]))
     normaliser = ops.sum(exponentials, axis=-1)
     log_normaliser = ops.log(normaliser) + largest
 
@@ -219,10 +224,26 @@ def _gradients_in_cache(table, hidden, targets, weights, z_loss):
     of_hidden = ops.matmul(exponentials, table) * scale - weights[:, None] * ops.take(table, targets, axis=0)
 
     def add_to(of_table):
-        of_table = of_table + einsum_float32("tv,td->vd", exponentials, hidden * scale)
+        of_table = _add_product(of_table, exponentials, hidden * scale)
         return of_table.at[targets].add(-weights[:, None] * hidden)
 
     return (objective, cross_entropy, correct), of_hidden.reshape(shape), add_to
+
+
+def _add_product(total, left, right):
+    """`total + leftᵀ · right`, some rows at a time: their product is added before it leaves the cache."""
+    from jax import lax
+
+    parts = math.gcd(total.shape[0], PARTS_OF_TABLE)
+    rows = total.shape[0] // parts
+
+    def add_part(index, total):
+        columns = lax.dynamic_slice_in_dim(left, index * rows, rows, 1)
+        part = lax.dynamic_slice_in_dim(total, index * rows, rows, 0)
+        part = part + einsum_float32("tv,td->vd", columns, right)
+        return lax.dynamic_update_slice_in_dim(total, part, index * rows, 0)
+
+    return lax.fori_loop(0, parts, add_part, total)
 
 
 # === Elsewhere: chunks that the backward pass computes once more ===

@@ -82,15 +82,19 @@ class GemmaDecoderBlock(keras.layers.Layer):
 
     def call(self, x, sine, cosine, segment_ids, training=None):
         x = x + self.attention(self.pre_attention_norm(x), sine, cosine, segment_ids, training=training)
-        if training:
-            return x + kernels.in_recomputed_row_chunks(self.feed_forward, x)
-        return x + self.feed_forward(x)
+        return x + self.feed_forward(x, training=training)
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, training=None):
         """The GeGLU branch of `x` `[B, T, D]`, without its residual."""
         x = self.pre_ffw_norm(x)
+        if training and kernels.prefers_own_geglu(x) and self._has_plain_feed_forward():
+            return kernels.geglu(x, self.gating_ffw.kernel, self.gating_ffw_2.kernel, self.ffw_linear.kernel)
         gate = keras.activations.gelu(self.gating_ffw(x), approximate=True)
         return self.ffw_linear(kernels.named(gate * self.gating_ffw_2(x), "gated"))
+
+    def _has_plain_feed_forward(self):
+        layers = (self.gating_ffw, self.gating_ffw_2, self.ffw_linear)
+        return not any(layer.lora_enabled or layer.quantization_mode for layer in layers)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)

@@ -1,0 +1,96 @@
+"""The own backward pass of the feed-forward against the one that JAX derives from the layers."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_gemma import kernels
+from keras_gemma.models.decoder_block import GemmaDecoderBlock
+
+jax = pytest.importorskip("jax")
+pytestmark = [
+    pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only"),
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="the path of CPUs"),
+]
+
+
+def random_arguments(batch=3, length=5, width=8, branch=12, scale=1.0):
+    random = np.random.default_rng(0)
+    shapes = (batch, length, width), (width, branch), (width, branch), (branch, width)
+    return [random.normal(0.0, scale, shape).astype("float32") for shape in shapes]
+
+
+def plain(x, gating, gating_2, linear):
+    return (jax.nn.gelu(x @ gating, approximate=True) * (x @ gating_2)) @ linear
+
+
+# With 4 the gate is far on both sides of what GELU bends.
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_value_and_gradients(scale):
+    arguments = random_arguments(scale=scale)
+    of_result = np.random.default_rng(1).normal(size=arguments[0].shape).astype("float32")
+    values, gradients = zip(*(_value_and_gradients(one, arguments, of_result) for one in (kernels.geglu, plain)))
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5 * np.abs(values[1]).max())
+    for ours, expected in zip(*gradients):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def _value_and_gradients(function, arguments, of_result):
+    value, gradients_of = jax.vjp(function, *arguments)
+    return value, gradients_of(of_result)
+
+
+def test_the_backward_pass_finds_nothing_but_the_arguments():
+    arguments = random_arguments()
+    _, gradients_of = jax.vjp(kernels.geglu, *arguments)
+    kept = sum(x.size for x in jax.tree.leaves(gradients_of))
+    assert kept == sum(x.size for x in arguments)
+
+
+def test_compiled_the_branches_are_not_kept():
+    # Of many layers, the temporaries of one may be there at a time: XLA would like to keep those of all.
+    arguments = random_arguments(batch=1, length=256, width=8, branch=1024)
+
+    def layers(x, *weights):
+        for _ in range(16):
+            x = x + kernels.geglu(x, *weights)
+        return x.sum()
+
+    compiled = jax.jit(jax.grad(layers, argnums=(0, 1, 2, 3))).lower(*arguments).compile()
+    branch = 256 * 1024 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * branch
+
+
+@pytest.fixture
+def block():
+    block = GemmaDecoderBlock(16, 48, num_query_heads=2, num_key_value_heads=1, head_dim=8)
+    block.build((None, None, 16))
+    return block
+
+
+def test_a_block_trains_through_it(block, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, 5, 16)).astype("float32")
+    resting = block.feed_forward(x)
+    calls = []
+    monkeypatch.setattr(kernels, "geglu", lambda *arguments: calls.append(1) or plain(*arguments))
+    np.testing.assert_allclose(block.feed_forward(x, training=True), resting, atol=1e-6)
+    assert calls
+
+
+@pytest.mark.parametrize("change", ["lora", "int8"])
+def test_a_changed_block_trains_through_its_layers(block, monkeypatch, change):
+    x = np.random.default_rng(0).normal(size=(2, 5, 16)).astype("float32")
+    if change == "lora":
+        block.gating_ffw.enable_lora(2)
+        block.gating_ffw.lora_kernel_b.assign(np.ones(block.gating_ffw.lora_kernel_b.shape))
+    else:
+        block.gating_ffw.quantize("int8")
+    monkeypatch.delattr(kernels, "geglu")
+    np.testing.assert_allclose(block.feed_forward(x, training=True), block.feed_forward(x), atol=1e-6)
+
+
+def test_bfloat16_trains_through_the_layers(monkeypatch):
+    block = GemmaDecoderBlock(16, 48, 2, 1, 8, dtype="mixed_bfloat16")
+    block.build((None, None, 16))
+    monkeypatch.delattr(kernels, "geglu")
+    assert str(block.feed_forward(np.ones((1, 3, 16), "float32"), training=True).dtype) == "bfloat16"
