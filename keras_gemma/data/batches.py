@@ -47,7 +47,7 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         return batches.prefetch(tf.data.AUTOTUNE)
-    if is_grain(x):
+    if is_grain_dataset(x):
         return _preprocessed_grain(x, preprocess)
     if _is_torch_loader(x):
         return _preprocessed_torch(x, preprocess)
@@ -59,7 +59,8 @@ def yields_batches(x):
     return (
         isinstance(x, (keras.utils.PyDataset, collections.abc.Iterator))
         or _is_tf_dataset(x)
-        or is_grain(x)
+        or is_grain_dataset(x)
+        or _is_grain_loader(x)
         or _is_torch_loader(x)
     )
 
@@ -69,10 +70,16 @@ def _is_tf_dataset(x):
     return tf is not None and hasattr(tf, "data") and isinstance(x, tf.data.Dataset)
 
 
-def is_grain(x):
-    # A Grain data set can only exist where Grain has been imported.
+def is_grain_dataset(x):
+    """Whether `x` is a Grain `MapDataset` or `IterDataset`."""
+    # One can only exist where Grain has been imported.
     grain = sys.modules.get("grain")
-    return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset, grain.DataLoader))
+    return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset))
+
+
+def _is_grain_loader(x):
+    grain = sys.modules.get("grain")
+    return grain is not None and isinstance(x, grain.DataLoader)
 
 
 def _is_torch_loader(x):
@@ -84,8 +91,6 @@ def _preprocessed_grain(x, preprocess):
     grain = sys.modules["grain"]
     if isinstance(x, grain.MapDataset) and len(x) < ENDLESS:
         return GrainBatches(x, preprocess)
-    if isinstance(x, grain.DataLoader):
-        return (_preprocess_batch(preprocess, batch) for batch in x)
     return x.map(lambda batch: _preprocess_batch(preprocess, batch))
 
 

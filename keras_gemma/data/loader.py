@@ -101,13 +101,6 @@ def _is_batch(example):
     return np.ndim(example) > 0
 
 
-def is_grain_dataset(x):
-    """Whether `x` is a Grain `MapDataset` or `IterDataset`."""
-    # One can only exist where Grain has been imported.
-    grain = sys.modules.get("grain")
-    return grain is not None and isinstance(x, (grain.MapDataset, grain.IterDataset))
-
-
 def tokenize_ahead(examples, preprocessor, path, sequence_length=None):
     """Writes the token ids of a source to an ArrayRecord file, so that training need not tokenise.
 

@@ -35,7 +35,7 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
     batch_size = batch_size or batches.DEFAULT_BATCH_SIZE
     if not batches.yields_batches(x):
         return _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle)
-    if not loader.is_grain_dataset(x):
+    if not batches.is_grain_dataset(x):
         raise ValueError(
             "`pack=True` packs examples, not batches: pass a list or an array of strings, {'prompts': [...], "
             "'responses': [...]}, a list of dialogues, or a Grain MapDataset or IterDataset of single examples. "

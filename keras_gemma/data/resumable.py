@@ -49,7 +49,7 @@ def resumable(batches, shuffle=False, endless=False):
     if isinstance(batches, PreprocessedDataset):
         _refuse_unpredictable(batches.dataset)
         return IndexedBatches(batches, shuffle, endless)
-    if batches_module.is_grain(batches):
+    if batches_module.is_grain_dataset(batches):
         from keras_gemma.data.resumable_grain import IteratedBatches
 
         grain = sys.modules["grain"]

@@ -62,7 +62,8 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._lock = threading.Lock()
 
     def on_train_begin(self, logs=None):
-        self._compiled = False
+        # No bool, because those go on with a resumed run, whose first step compiles all the same.
+        self._compiled = threading.Event()
         # Here, because `self.model` makes Keras put the state of JAX back into the model, which must not happen midway.
         self._steps_per_execution = self.model.steps_per_execution
         self._tokens_per_second_at_peak = self._speed_at_peak()
@@ -72,15 +73,17 @@ class TrainingMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._speed = Speed()
         self._step_of_epoch = 0
+        self._rates = None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if batch:
+        # A resumed run may begin in the middle of an epoch.
+        if self._rates is not None:
             return
         # On JAX the variables are out of reach as soon as the first step of an epoch has begun.
-        self._rates = LearningRates(self.model.optimizer)
+        self._rates = LearningRates(self.model.optimizer, steps_of_epoch=batch)
         # Before the clock runs, since the first time may compile.
-        self._shown = {"learning_rate": self._rates.of_step(0)}
-        if self._compiled:
+        self._shown = {"learning_rate": self._rates.of_step(batch)}
+        if self._compiled.is_set():
             self._speed.start(0, time.perf_counter())
 
     def on_train_batch_end(self, batch, logs=None):
@@ -93,7 +96,8 @@ class TrainingMonitor(keras.callbacks.Callback):
             # Threads may overtake one another.
             is_latest = step > self._step_of_epoch
             if is_latest:
-                self._compiled, self._step_of_epoch = True, step
+                self._compiled.set()
+                self._step_of_epoch = step
                 self._speed.record(logs.get("tokens"), now, due)
             added = self._shown
             if due:
@@ -190,13 +194,14 @@ class LearningRates:
 
     Args:
         optimizer: a Keras optimizer between two steps.
+        steps_of_epoch: int. How many of its steps belong to the epoch that is under way.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, steps_of_epoch=0):
         # What `LossScaleOptimizer` wraps has the schedule.
         self._optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         self._iterations = self._optimizer.variables[0]
-        self.first_step = int(ops.convert_to_numpy(self._iterations))
+        self.first_step = int(ops.convert_to_numpy(self._iterations)) - steps_of_epoch
         rate = self._optimizer.learning_rate
         self._fixed = float(ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
 

@@ -133,7 +133,7 @@ def test_tokenised_ahead_gives_the_batches_of_on_the_fly(sources, preprocessor, 
 
 
 def test_examples_without_a_prediction_keep_their_place(make_preprocessor, tmp_path):
-    preprocessor = make_preprocessor(add_end_token=False)
+    preprocessor = make_preprocessor(sequence_length=LENGTH, add_end_token=False)
     tokenize_ahead(grain.MapDataset.source(["", "Hi"]), preprocessor, tmp_path / "a")
     source = from_tokens(tmp_path / "a")
     assert [len(source[i]["token_ids"]) for i in range(2)] == [0, len(preprocessor.row("Hi").ids) - 1]
