@@ -13,6 +13,9 @@ import pytest
 from keras_gemma import data
 from keras_gemma import training
 from keras_gemma.training import checkpoint_folder
+from tests.training.crashes import Crash
+from tests.training.crashes import CrashAt
+from tests.training.crashes import Seen
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
@@ -24,37 +27,6 @@ COUNT = 24
 EPOCHS = 3
 ROWS = np.random.default_rng(0).normal(size=(COUNT, 5)).astype("float32")
 LABELS = ROWS.sum(axis=1)
-
-
-class Crash(Exception):
-    pass
-
-
-class CrashAt(keras.callbacks.Callback):
-    """Breaks training off before a step, counted in this process."""
-
-    def __init__(self, step):
-        super().__init__()
-        # An iterator, because numbers of callbacks go on with the run.
-        self._left = iter(range(step))
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if next(self._left, None) is None:
-            raise Crash
-
-
-class Seen(keras.callbacks.Callback):
-    """Notes `{(epoch, batch): loss}` of every step in a dict that it is given."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self._add = steps.__setitem__
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._epoch = epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._add((self._epoch, batch), logs["loss"])
 
 
 def make_model(width=6, optimizer="adamw", seed=3, **compile_arguments):
