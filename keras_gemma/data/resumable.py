@@ -151,7 +151,8 @@ class IndexedBatches(keras.utils.PyDataset):
 
     def _last_digest(self, place):
         # Between two epochs a data set of the user's may already have turned to the next one.
-        return digest(self._batch(self._number(place) - 1)) if place.batch else None
+        has_turned = not place.batch and self._dataset is not None and _has_state(self._dataset)
+        return None if has_turned else digest(self._batch(self._number(place) - 1))
 
     def restore(self, state, place):
         self._orders.seed = state["seed"]
@@ -168,7 +169,9 @@ class IndexedBatches(keras.utils.PyDataset):
         return {"kind": type(self._source).__name__, **about}
 
 
-OTHER_BATCH = "the data gives another batch {place.batch} of epoch {place.epoch} than the one that was trained"
+OTHER_BATCH = (
+    "the data gives another batch than the one that was trained last, {place.batch} batches into epoch {place.epoch}"
+)
 
 
 def digest(batch):

@@ -17,6 +17,7 @@ class IteratedBatches(grain.IterDataset):
         self._start = None
         self._first = None
         self._drawn = None
+        self._trained_count = 0
 
     def __iter__(self):
         # Before the first epoch Keras draws some batches to see what they are like, and there may be none left.
@@ -35,20 +36,28 @@ class IteratedBatches(grain.IterDataset):
 
     def trained(self, place):
         """Forgets what is needed for earlier places only."""
-        self._drawn.forget(before=self._drawn_count(place))
+        self._trained_count = self._drawn_count(place)
+        self._drawn.forget(before=self._trained_count)
 
     def batches_of_epoch(self, steps):
         return steps
 
     def state(self, place):
         # Without `steps_per_epoch` every epoch begins with a new iterator.
-        within_a_pass = place.step if self._endless else place.batch
-        return self._drawn.state(self._drawn_count(place)) if within_a_pass else None
+        is_over = not self._endless and not place.batch
+        return {**self._drawn.state(self._trained_count), "is over": is_over}
 
     def restore(self, state, place):
-        self._start = state
-        if state is not None and not _Drawn(self._parent, state, self._endless).begins_as_saved:
+        if not self._begins_as_saved(state):
             raise ValueError(OTHER_BATCH.format(place=place))
+        self._start = None if state["is over"] else state
+
+    def _begins_as_saved(self, state):
+        try:
+            return _Drawn(self._parent, state, self._endless).begins_as_saved
+        except (LookupError, TypeError, ValueError, StopIteration):
+            # The state of an iterator over other data, or a place behind their end.
+            return False
 
     def fingerprint(self):
         return {"kind": "grain.IterDataset"}

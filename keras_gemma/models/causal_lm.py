@@ -97,7 +97,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             gradient_accumulation_steps: int. Into how many microbatches every batch is cut. One at a time is in memory;
                 their gradients make one step of the optimizer, equal to that of the whole batch, however the weights
                 are spread over the rows. (`gradient_accumulation_steps` of Keras' optimizers averages over batches
-                instead, whatever weight each has.)
+                instead, whatever weight each has, which is warned of.)
             **kwargs: passed to `keras.Model.compile`.
 
         Raises:
@@ -128,6 +128,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             sampler=sampler,
             **kwargs,
         )
+        _warn_of_accumulation_by_batches(self.optimizer)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -556,6 +557,18 @@ def _warn_of_weights_that_cannot_move(model):
         warnings.warn(
             f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} does not change bfloat16 weights. Train under "
             "the dtype policy 'mixed_bfloat16', whose weights are float32.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_accumulation_by_batches(optimizer):
+    # What `LossScaleOptimizer` wraps has the setting.
+    steps = getattr(getattr(optimizer, "inner_optimizer", optimizer), "gradient_accumulation_steps", None)
+    if steps:
+        warnings.warn(
+            f"`gradient_accumulation_steps={steps}` of the optimizer averages {steps} batches, however few tokens one "
+            f"has. `compile(gradient_accumulation_steps={steps})` and batches {steps} times as large weigh all tokens "
+            "alike.",
             stacklevel=3,
         )
 

@@ -13,7 +13,7 @@ from keras.src.random import seed_generator
 import keras_gemma
 from keras_gemma.training.errors import ForeignCheckpointError
 
-FORMAT = 1
+FORMAT = 2
 GROUPS = ("trainable_variables", "non_trainable_variables", "metrics_variables")
 
 

@@ -216,6 +216,19 @@ def test_an_optimizer_that_cannot_move_bfloat16_weights_is_warned_about(make_mod
         model.fit(TEXTS, batch_size=BATCH, verbose=0)
 
 
+@pytest.mark.parametrize("policy", ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)])
+def test_accumulation_over_batches_runs_and_is_warned_about(make_model, policy):
+    model = make_model(dtype=policy)
+    optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
+    with pytest.warns(UserWarning, match=r"batches.* `compile\(gradient_accumulation_steps=2\)`") as warned:
+        model.compile(optimizer=optimizer)
+    assert [warning.filename for warning in warned] == [__file__] and "\n" not in str(warned[0].message)
+    before = model.get_weights()
+    for changed in (False, True):
+        model.fit(TEXTS[:BATCH], batch_size=BATCH, verbose=0)
+        assert any((old != new).any() for old, new in zip(before, model.get_weights())) is changed
+
+
 def test_each_on_batch_method_preprocesses(model):
     for batch in batches():
         perplexity = model.evaluate(batch, verbose=0, return_dict=True)["perplexity"]

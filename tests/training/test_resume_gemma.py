@@ -65,8 +65,10 @@ FORMS = {
     "strings": (lambda *_: TEXTS, LISTED),
     "packed strings": (lambda *_: TEXTS, {"pack": True, **LISTED}),
     "packed pairs": (lambda *_: PAIRS, {"pack": True, **LISTED}),
-    "packed mixture": (lambda files, _: mixed(files), {"pack": True, **LISTED, **ACROSS_EPOCHS}),
     "batches of a mixture": (batches, ACROSS_EPOCHS),
+}
+RARER_FORMS = {
+    "packed mixture": (lambda files, _: mixed(files), {"pack": True, **LISTED, **ACROSS_EPOCHS}),
     "batches of a mixture, a row an example": (lambda *args: batches(*args, pack=False), ACROSS_EPOCHS),
     "batches of tokens, pass by pass": (ahead, {}),
 }
@@ -96,7 +98,12 @@ def fit(make_model, files):
     return fit
 
 
-@pytest.mark.parametrize("make_data, arguments", FORMS.values(), ids=FORMS)
+def cases():
+    for name, form in {**FORMS, **RARER_FORMS}.items():
+        yield pytest.param(*form, id=name, marks=[pytest.mark.slow] if name in RARER_FORMS else [])
+
+
+@pytest.mark.parametrize("make_data, arguments", cases())
 def test_every_form_of_text_goes_on_exactly(fit, tmp_path, make_data, arguments):
     expected, found = {}, {}
     unbroken = fit(make_data, tmp_path / "unbroken", expected, **arguments)
