@@ -116,7 +116,13 @@ def assert_equal_to_the_bit(folder, unbroken):
     assert all(weights[name].tobytes() == others[name].tobytes() for name in weights.files)
 
 
-@pytest.mark.parametrize("data, kills", [("arrays", 2), pytest.param("grain", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "data, kills",
+    [
+        ("mixture", 1),
+        *(pytest.param(data, 2, marks=pytest.mark.slow) for data in ("arrays", "grain", "packed")),
+    ],
+)
 def test_a_killed_run_goes_on_exactly(runs, unbroken, tmp_path, data, kills):
     kill_and_go_on(runs, tmp_path, data, kills, seed=1)
     assert_equal_to_the_bit(tmp_path, unbroken(data))

@@ -365,7 +365,7 @@ def test_other_data_between_epochs_are_refused(tmp_path, monkeypatch, form):
     make_data, _ = FORMS[form]
     fit(make_model(), tmp_path, make_data, epochs=1, settings={"save_every_steps": 5})
     monkeypatch.setitem(globals(), "ROWS", ROWS + 1)
-    with pytest.raises(training.ForeignCheckpointError, match="another batch .* 0 batches into epoch 1"):
+    with pytest.raises(training.ForeignCheckpointError, match=r"another batch .* 0 batches into epoch 1"):
         fit(make_model(), tmp_path, make_data)
 
 
