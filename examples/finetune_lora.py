@@ -1,5 +1,6 @@
 """The small Gemma learns to say what a function is for, by its name and arguments; only adapters are trained.
 
+    pip install -e ".[train]"
     python examples/finetune_lora.py
 
 The pairs are the first lines of the documentation in Python's standard library. For pairs of one's own, JSON lines

@@ -1,9 +1,11 @@
 """A small Gemma is trained from nothing on two sources, prose and code, whose shares change on the way.
 
+    pip install -e ".[train]"
     python examples/pretrain.py
 
 The text is what Python's standard library says and does. Killed, the same command goes on from its last checkpoint.
-For text of one's own, JSON lines with a "text" each, of which a row takes the beginning:
+`--tensorboard` needs the extra `tensorboard` as well. For text of one's own, JSON lines with a "text" each, of which a
+row takes the beginning:
 
     python examples/pretrain.py --output mine --text web=web.jsonl --text code=code.jsonl --weight web=4 --weight code=1
 
