@@ -4,6 +4,7 @@ ExactResume.fit: newest checkpoint → place, data ┐
 Keras' fit → ResumableCallbacks ─────────────────┴→ skips what is trained → restores → trains → saves in between
 """
 
+import collections.abc
 import dataclasses
 import math
 import time
@@ -31,6 +32,8 @@ class ExactResume(keras.callbacks.Callback):
     in the data and the order of the examples, the history, and what other callbacks came to know. A new checkpoint is
     written by Orbax in the background and replaces the oldest when it is complete.
 
+    The optimizer's learning rate, where it is a number, comes from the checkpoint as well; a schedule may be changed.
+
     With `steps_per_epoch` passes over the data follow each other without regard to epochs.
 
     Args:
@@ -42,12 +45,14 @@ class ExactResume(keras.callbacks.Callback):
         asynchronous: bool. `False` waits until a checkpoint is complete before training goes on.
 
     Raises:
-        ValueError: where neither interval is given, or a number is not positive.
+        ValueError: where neither interval is given, a number is not positive, and on other backends than JAX.
         ImportError: where Orbax is missing.
     """
 
     def __init__(self, directory, save_every_steps=None, save_every_seconds=None, keep=2, asynchronous=True):
         super().__init__()
+        if keras.backend.backend() != "jax":
+            raise ValueError(f"An exact resume works on JAX. Received: the backend {keras.backend.backend()}")
         given = {"save_every_steps": save_every_steps, "save_every_seconds": save_every_seconds, "keep": keep}
         for name, value in given.items():
             if value is not None and not value > 0:
@@ -83,15 +88,14 @@ class ExactResume(keras.callbacks.Callback):
             A `keras.callbacks.History` that begins where the run began.
 
         Raises:
-            ValueError: for data that cannot start in its middle, and other backends than JAX.
+            ValueError: for data that cannot start in its middle, and an iterator as validation data.
             DamagedCheckpointError, ForeignCheckpointError: if the newest checkpoint cannot be gone on from.
             CheckpointNotSavedError: if a checkpoint cannot be written.
             NonFiniteLossError: before a state with a NaN or infinite loss or weight would be saved.
         """
-        if keras.backend.backend() != "jax":
-            raise ValueError(f"An exact resume works on JAX. Received: the backend {keras.backend.backend()}")
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise ValueError("Pass `callbacks` as a list beside `ExactResume`. Received: a CallbackList")
+        _refuse_to_validate_from_an_iterator(kwargs.get("validation_data"))
         steps_per_epoch, epochs = kwargs.get("steps_per_epoch"), kwargs.get("epochs", 1)
         batches = data.resumable(batches, shuffle, endless=steps_per_epoch is not None)
         settings = run_state.settings(model, steps_per_epoch)
@@ -290,6 +294,15 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
 
 def _has_own_state(callback):
     return not isinstance(callback, (ExactResume, keras.callbacks.ProgbarLogger))
+
+
+def _refuse_to_validate_from_an_iterator(validation_data):
+    if isinstance(validation_data, collections.abc.Iterator):
+        raise ValueError(
+            "An exact resume needs `validation_data` that begin anew each time, not an iterator, whose place is lost: "
+            "lists or arrays of examples, a `keras.utils.PyDataset`, a `tf.data.Dataset` or a Grain data set. "
+            f"Received: {type(validation_data).__name__}"
+        )
 
 
 def _empty_arrays(described):

@@ -77,4 +77,4 @@ def test_an_exact_resume_is_refused_off_jax(tmp_path):
         pytest.skip("It works here.")
     pytest.importorskip("orbax.checkpoint")
     with pytest.raises(ValueError, match="works on JAX"):
-        training.ExactResume(tmp_path, 1).fit(keras.Sequential(), None)
+        training.ExactResume(tmp_path, 1)

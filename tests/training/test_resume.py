@@ -418,6 +418,12 @@ def test_data_that_cannot_begin_in_the_middle_are_refused_at_once(tmp_path, make
         fit(make_model(), tmp_path, make_data)
 
 
+def test_validation_data_whose_place_is_lost_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"begin anew each time.*Received: generator"):
+        fit(make_model(), tmp_path / "run", validation_data=(of_rows(np.arange(BATCH)) for _ in range(9)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("settings", [{"save_every_steps": None}, {"save_every_steps": 0}, {"keep": 0}])
 def test_settings_are_checked(tmp_path, settings):
     with pytest.raises(ValueError, match=r"save_every_steps|keep"):
