@@ -63,11 +63,11 @@ ACROSS_EPOCHS = {"steps_per_epoch": 6}
 # What `fit` is given: of files and preprocessor; and its other arguments.
 FORMS = {
     "strings": (lambda *_: TEXTS, LISTED),
-    "packed strings": (lambda *_: TEXTS, {"pack": True, **LISTED}),
     "packed pairs": (lambda *_: PAIRS, {"pack": True, **LISTED}),
     "batches of a mixture": (batches, ACROSS_EPOCHS),
 }
 RARER_FORMS = {
+    "packed strings": (lambda *_: TEXTS, {"pack": True, **LISTED}),
     "packed mixture": (lambda files, _: mixed(files), {"pack": True, **LISTED, **ACROSS_EPOCHS}),
     "batches of a mixture, a row an example": (lambda *args: batches(*args, pack=False), ACROSS_EPOCHS),
     "batches of tokens, pass by pass": (ahead, {}),
