@@ -10,7 +10,7 @@ row takes the beginning:
     python examples/pretrain.py --output mine --text web=web.jsonl --text code=code.jsonl --weight web=4 --weight code=1
 
 Expected: a line of progress every 50 steps, for a minute or two on 2 cores. Held-out prose goes from 4.8 bits per byte
-to about 2.4 and code from 7.0 to about 2.1; the samples look like documentation and code and mean nothing. Checkpoints
+to about 2.5 and code from 7.0 to about 2.1; the samples look like documentation and code and mean nothing. Checkpoints
 and the preset lie in `pretrained`.
 """
 

@@ -130,10 +130,10 @@ def test_a_killed_run_goes_on_exactly(runs, unbroken, tmp_path, data, kills):
 
 def test_killed_while_saving(runs, unbroken, tmp_path):
     for _ in range(2):
-        runs.run(tmp_path, "arrays", kill_when=lambda: saving(tmp_path))
+        runs.run(tmp_path, "mixture", kill_when=lambda: saving(tmp_path))
         assert saving(tmp_path), "killed too late"
-    assert runs.run(tmp_path, "arrays")
-    assert_equal_to_the_bit(tmp_path, unbroken("arrays"))
+    assert runs.run(tmp_path, "mixture")
+    assert_equal_to_the_bit(tmp_path, unbroken("mixture"))
     assert not saving(tmp_path), "what was half written stays"
 
 
