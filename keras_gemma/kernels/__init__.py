@@ -23,6 +23,7 @@ from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
+from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
 from keras_gemma.kernels.vocabulary import vocabulary_loss
@@ -43,6 +44,7 @@ __all__ = [
     "project",
     "prompt_attention",
     "rotate",
+    "rows_apart",
     "run_layers",
     "shards_of_batch",
     "vocabulary_loss",

@@ -1,5 +1,7 @@
 """The questions about the platform that the kernels ask."""
 
+import math
+
 import keras
 
 
@@ -14,10 +16,12 @@ def on_torch():
 def shards_of_batch():
     """Over how many devices `keras.distribution` spreads the rows of a batch."""
     distribution = keras.distribution.distribution()
-    if distribution is None or distribution.batch_dim_name is None:
+    if distribution is None:
         return 1
     mesh = distribution.device_mesh
-    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+    axis = distribution.get_data_layout((1,)).axes[0]
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names if name is not None)
 
 
 def jax_platform():

@@ -1,8 +1,28 @@
-"""Running a function of rows and heads on every device with the rows and heads that it holds."""
+"""Keeping rows, and heads, on the devices that hold them."""
 
 import keras
-from jax import shard_map
-from jax.sharding import PartitionSpec
+
+from keras_gemma.kernels.platform import on_jax
+from keras_gemma.kernels.platform import shards_of_batch
+
+
+def rows_apart(x):
+    """`x` itself, its rows on the devices among which the active `keras.distribution` divides a batch.
+
+    Said of the residual stream between blocks, forwards and, as JAX carries it over, backwards. Without it XLA may
+    follow the layout of a weight instead, and cut the width of what all devices then hold all rows of.
+
+    Args:
+        x: tensor `[B, ...]`.
+
+    Returns:
+        A tensor `[B, ...]`, whole but for its rows; `x` where the devices do not divide them.
+    """
+    distribution = keras.distribution.distribution()
+    rows = x.shape[0]
+    if distribution is None or not on_jax() or rows is None or rows % shards_of_batch():
+        return x
+    return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
 
 
 def on_own_rows_and_heads(attend, query, key, value, segment_ids):
@@ -21,6 +41,9 @@ def on_own_rows_and_heads(attend, query, key, value, segment_ids):
     Returns:
         A tensor `[B, T, N, H]`.
     """
+    from jax import shard_map
+    from jax.sharding import PartitionSpec
+
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh.backend_mesh.size == 1:
         return attend(query, key, value, segment_ids)
@@ -37,8 +60,7 @@ def on_own_rows_and_heads(attend, query, key, value, segment_ids):
 
 def _axis_of_rows(distribution, shape):
     """Name, or names, of the mesh axis that cuts the rows; `None` where it does not divide them."""
-    axis = distribution.get_data_layout(shape).axes[0]
-    return axis if axis is not None and shape[0] % _size(distribution.device_mesh.backend_mesh, axis) == 0 else None
+    return None if shape[0] % shards_of_batch() else distribution.get_data_layout(shape).axes[0]
 
 
 def _axes_of_heads(mesh, rows, heads, kv_heads):
@@ -56,10 +78,3 @@ def _axes_of_heads(mesh, rows, heads, kv_heads):
 
 def _names(axis):
     return axis if isinstance(axis, tuple) else (axis,)
-
-
-def _size(mesh, axis):
-    size = 1
-    for name in _names(axis):
-        size *= mesh.shape[name]
-    return size

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_gemma import checkpoints
+from keras_gemma import distribution
 from keras_gemma import kernels
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 from keras_gemma.models.packed_inputs import PACKED_INPUTS
@@ -138,6 +139,16 @@ class GemmaBackbone(keras_hub.models.Backbone):
         )
         recompute = keras.saving.deserialize_keras_object(recompute) if isinstance(recompute, dict) else recompute
         _check_training_settings(recompute, scan_layers)
+        distribution.check_weights(
+            distribution.shapes_of_weights(
+                V=vocabulary_size,
+                D=hidden_dim,
+                N=num_query_heads,
+                K=num_key_value_heads,
+                H=head_dim,
+                F=intermediate_dim // 2,
+            )
+        )
 
         # === Layers ===
         self.token_embedding = ReversibleEmbedding(
@@ -198,13 +209,13 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None, positions=None, training=None):
         sine, cosine = self.rotary_embedding(token_ids, positions=positions)
         segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
-        x = self.embedding_scale(self.token_embedding(token_ids))
+        x = kernels.rows_apart(self.embedding_scale(self.token_embedding(token_ids)))
         if training:
             settings = {"recompute": self.recompute, "scan": self.scan_layers}
             x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **settings)
         else:
             for block in self.transformer_layers:
-                x = block(x, sine, cosine, segments)
+                x = kernels.rows_apart(block(x, sine, cosine, segments))
         return self.layer_norm(x)
 
     def __call__(self, inputs, *args, **kwargs):
@@ -213,7 +224,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def call(self, inputs, training=None, mask=None):
         # `stateless_call`, and so `fit` on JAX, comes here without passing `__call__`.
         inputs = without_absent(inputs)
-        if training or is_packed(inputs):
+        # Keras' graph of the layers does not say where the rows lie.
+        if training or is_packed(inputs) or keras.distribution.distribution() is not None:
             inputs = {name: ops.convert_to_tensor(inputs[name]) for name in INPUTS if name in inputs}
             return self._hidden_states(**inputs, training=training)
         return super().call(inputs, training=training, mask=mask)
@@ -236,8 +248,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
     ):
         """Layouts of the weights for `keras.distribution.ModelParallel`.
 
-        Vocabulary, feed-forward and heads are cut along the model axis and the width along the data axis. Heads
-        that the model axis does not divide stay whole.
+        Vocabulary, feed-forward and heads are cut along the model axis and the width along the data axis, in
+        adapters and 8-bit weights too. Heads that the model axis does not divide stay whole. What an optimizer keeps
+        of a weight lies where the weight lies. The table is `keras_gemma.distribution.layouts`.
 
         Args:
             device_mesh: a `keras.distribution.DeviceMesh` with both axes.
@@ -252,27 +265,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError: for anything but a mesh, or a mesh without one of the axes.
         """
-        if not isinstance(device_mesh, keras.distribution.DeviceMesh):
-            raise ValueError(f"`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: {device_mesh!r}")
-        model, data = model_parallel_dim_name, data_parallel_dim_name
-        for axis in (model, data):
-            if axis not in device_mesh.axis_names:
-                raise ValueError(f"The mesh has the axes {device_mesh.axis_names}. Received: {axis!r}")
-        model_size = device_mesh.shape[device_mesh.axis_names.index(model)]
-        query_heads = None if num_query_heads % model_size else model
-        key_value_heads = None if num_key_value_heads % model_size else model
-        layouts = {
-            ".*token_embedding/embeddings": (model, data),
-            ".*decoder_block.*/attention/query/kernel": (query_heads, data, None),
-            ".*decoder_block.*/attention/(key|value)/kernel": (key_value_heads, data, None),
-            ".*decoder_block.*/attention/attention_output/kernel": (query_heads, None, data),
-            ".*decoder_block.*/(ffw_gating|ffw_gating_2)/kernel": (data, model),
-            ".*decoder_block.*/ffw_linear/kernel": (model, data),
-        }
-        layout_map = keras.distribution.LayoutMap(device_mesh)
-        for path, layout in layouts.items():
-            layout_map[path] = layout
-        return layout_map
+        heads = {"N": num_query_heads, "K": num_key_value_heads}
+        return distribution.layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name, heads)
 
     def get_config(self):
         config = super().get_config()

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_gemma import checkpoints
 from keras_gemma import data
+from keras_gemma import distribution
 from keras_gemma import generation
 from keras_gemma import kernels
 from keras_gemma.models import text_generation
@@ -260,19 +261,24 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
+        if validation_data is not None:
+            validation_data = distribution.filled_up(validation_data)
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
+        x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"))
         return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
+            x = distribution.filled_up(x)
         return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`."""
-        return keras.Model.predict(self, self._batches(x, None, None, batch_size), **kwargs)
+        batches = distribution.filled_up(self._batches(x, None, None, batch_size))
+        return distribution.own_rows(batches, keras.Model.predict(self, batches, **kwargs))
 
     def score(self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None):
         """Logits or losses of given tokens, with a look at every layer on the way.

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from keras_gemma import data
+from keras_gemma import distribution
 from keras_gemma.training import run_state
 from keras_gemma.training.checkpoint_folder import CheckpointFolder
 from keras_gemma.training.errors import ForeignCheckpointError
@@ -118,7 +119,8 @@ class ExactResume(keras.callbacks.Callback):
         )
         self.in_use = True
         try:
-            history = keras.Model.fit(model, batches, callbacks=run, shuffle=False, verbose=verbose, **kwargs)
+            rows = distribution.filled_up(batches, class_weight=kwargs.get("class_weight"))
+            history = keras.Model.fit(model, rows, callbacks=run, shuffle=False, verbose=verbose, **kwargs)
             self.folder.wait()
             return history
         except NonFiniteLossError as error:

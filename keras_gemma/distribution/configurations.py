@@ -1,0 +1,113 @@
+"""Meshes by name, each a `keras.distribution` object in one line."""
+
+import dataclasses
+import math
+
+from keras_gemma.distribution import layouts
+from keras_gemma.distribution import meshes
+from keras_gemma.distribution.pods import REPLICA
+from keras_gemma.distribution.pods import PodParallel
+
+ALL = None
+TRAINING, ADAPTERS, SERVING = "training", "adapters", "serving"
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """A mesh and what it is for. Called, it gives the distribution.
+
+    Attributes:
+        name: string.
+        use: `"training"`, `"adapters"` (full training would not fit) or `"serving"`, whose weights are cut along the
+            model axis only: nothing of them is sent around for a token.
+        topology: string, what Google calls one pod, as `"v5e:16x16"`; `None` for devices of any kind.
+        replica: int, pods.
+        data: int, or `None` for all devices that there are.
+        model: int, or `None` for all devices that there are.
+    """
+
+    name: str
+    use: str
+    topology: str | None
+    replica: int
+    data: int | None
+    model: int | None
+
+    def __call__(self, devices=None, auto_shard_dataset=True):
+        """Makes the distribution.
+
+        Args:
+            devices: optional list of devices: `jax.Device`s, or names as of `keras.distribution.list_devices`. All
+                that JAX sees by default.
+            auto_shard_dataset: bool. `False` where each process reads a share of the data of its own.
+
+        Returns:
+            A `PodParallel`.
+
+        Raises:
+            ValueError: for another number of devices, or devices in another number of pods.
+        """
+        devices = _jax_devices(devices)
+        shape = self.shape(len(devices))
+        if math.prod(shape) != len(devices):
+            raise ValueError(self._wrong_number(len(devices)))
+        mesh = meshes.device_mesh(shape, (REPLICA, layouts.DATA, layouts.MODEL), devices)
+        table = layouts.layout_map(mesh, data=None if self.use == SERVING else layouts.DATA)
+        return PodParallel(mesh, table, auto_shard_dataset)
+
+    def shape(self, device_count):
+        """Sizes of the axes `(replica, data, model)`."""
+        return tuple(device_count if size is ALL else size for size in (self.replica, self.data, self.model))
+
+    @property
+    def device_count(self):
+        """How many devices it wants, or `None` where it takes all."""
+        return None if ALL in (self.data, self.model) else math.prod((self.replica, self.data, self.model))
+
+    def _wrong_number(self, found):
+        fitting = [name for name, one in CONFIGURATIONS.items() if one.device_count in (found, None)]
+        return (
+            f"The configuration {self.name!r} is a mesh of {self.device_count} devices: {self.replica} × {self.data} × "
+            f"{self.model} of replica, data and model. Received: {found} devices, which suit {', '.join(fitting)}"
+        )
+
+
+def _jax_devices(devices):
+    import jax
+
+    if devices is None:
+        return jax.devices()
+    named = {f"{device.platform}:{device.id}": device for device in jax.devices()}
+    unknown = [device for device in devices if isinstance(device, str) and device not in named]
+    if unknown:
+        raise ValueError(f"Devices are among {', '.join(named)}. Received: {', '.join(unknown)}")
+    return [named[device] if isinstance(device, str) else device for device in devices]
+
+
+# In the order of the table in the package's docstring.
+CONFIGURATIONS = {
+    name: Configuration(name, *settings)
+    for name, settings in {
+        # name                   use       topology     replica data model
+        "gemma_2b_v5e_8":        (TRAINING, "v5e:2x4",    1,    8,   1),
+        "gemma_2b_v5e_16":       (TRAINING, "v5e:4x4",    1,   16,   1),
+        "gemma_2b_v5e_256":      (TRAINING, "v5e:16x16",  1,  256,   1),
+        "gemma_2b_v5e_512":      (TRAINING, "v5e:16x16",  2,  256,   1),
+        "gemma_7b_v5e_8":        (ADAPTERS, "v5e:2x4",    1,    8,   1),
+        "gemma_7b_v5e_16":       (TRAINING, "v5e:4x4",    1,   16,   1),
+        "gemma_7b_v5e_256":      (TRAINING, "v5e:16x16",  1,   16,  16),
+        "gemma_7b_v5e_4096":     (TRAINING, "v5e:16x16", 16,   16,  16),
+        "gemma_2b_v5p_8":        (TRAINING, "v5p:2x2x1",  1,    4,   1),
+        "gemma_7b_v5p_32":       (TRAINING, "v5p:2x2x4",  1,   16,   1),
+        "gemma_7b_v5p_128":      (TRAINING, "v5p:4x4x4",  1,   16,   4),
+        "gemma_2b_v6e_8":        (TRAINING, "v6e:2x4",    1,    8,   1),
+        "gemma_7b_v6e_16":       (TRAINING, "v6e:4x4",    1,   16,   1),
+        "gemma_7b_v6e_256":      (TRAINING, "v6e:16x16",  1,   16,  16),
+        "gemma_2b_v5e_8_serving": (SERVING, "v5e:2x4",    1,    2,   4),
+        "gemma_7b_v5e_4_serving": (SERVING, "v5e:2x2",    1,    1,   4),
+        "gemma_7b_v5e_8_serving": (SERVING, "v5e:2x4",    1,    1,   8),
+        "gemma_7b_v6e_8_serving": (SERVING, "v6e:2x4",    1,    2,   4),
+        "local_data":            (TRAINING, None,         1,  ALL,   1),
+        "local_model":           (SERVING,  None,         1,    1, ALL),
+    }.items()
+}  # fmt: skip

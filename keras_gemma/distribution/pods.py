@@ -1,0 +1,95 @@
+"""A distribution of its own axis across pods."""
+
+import math
+
+import keras
+
+from keras_gemma.distribution import layouts
+
+REPLICA = "replica"
+
+
+class PodParallel(keras.distribution.ModelParallel):
+    """`keras.distribution.ModelParallel` on a mesh `(replica, data, model)`.
+
+    Batches are cut along `replica` and `data`, weights along `data` and `model` only. With a replica for every pod,
+    nothing but the gradients' sum crosses pods. Heads that the model axis does not divide stay whole.
+
+    Args:
+        device_mesh: a `keras.distribution.DeviceMesh` with the axes `replica`, `data` and `model`.
+        layout_map: optional `keras.distribution.LayoutMap` of that mesh. By default the table of `layouts`, to which
+            rows for layers of one's own can be added: `layout_map["my_head/kernel"] = ("data", None)`.
+        auto_shard_dataset: bool, as of `keras.distribution.ModelParallel`.
+
+    Raises:
+        ValueError: for a mesh with other axes. And when a variable is made: for a weight of two or more axes that no
+            row matches, and an axis that the mesh does not divide.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_gemma.distribution import PodParallel
+    >>> mesh = keras.distribution.DeviceMesh((1, 1, 1), ("replica", "data", "model"))
+    >>> PodParallel(mesh).get_data_layout((8, 128)).axes
+    (('replica', 'data'), None)
+    """
+
+    def __init__(self, device_mesh, layout_map=None, auto_shard_dataset=True):
+        wanted = (REPLICA, layouts.DATA, layouts.MODEL)
+        if tuple(device_mesh.axis_names) != wanted:
+            raise ValueError(f"The axes of the mesh are {wanted}. Received: {tuple(device_mesh.axis_names)}")
+        layout_map = layouts.layout_map(device_mesh) if layout_map is None else layout_map
+        # Keras asks for it while the base class is being made.
+        self._replicas = math.prod(device_mesh.shape[:2])
+        super().__init__(layout_map=layout_map, batch_dim_name=layouts.DATA, auto_shard_dataset=auto_shard_dataset)
+
+    @property
+    def num_model_replicas(self):
+        """Into how many parts a batch is cut."""
+        return self._replicas
+
+    def get_data_layout(self, data_shape):
+        return RowsLayout(len(data_shape), (REPLICA, self.batch_dim_name), self.device_mesh)
+
+    def get_variable_layout(self, variable):
+        layout = super().get_variable_layout(variable)
+        given = getattr(variable, "_layout", None) is not None
+        if given:
+            return layout
+        path, shape = variable.path, tuple(variable.shape)
+        if self.get_tensor_layout(path) is None:
+            if variable.trainable and len(shape) > 1:
+                raise ValueError(
+                    f"A weight of {len(shape)} axes needs a layout: add a row for it to the `layout_map`. "
+                    f"Received: {path!r} with the shape {shape}, which none of {', '.join(layouts.AXES)} matches"
+                )
+            return layout
+        layout = self._with_whole_heads(layout, path, shape)
+        layouts.refuse_indivisible(layout, path, shape)
+        return layout
+
+    def _with_whole_heads(self, layout, path, shape):
+        letters = layouts.letters_of(self._layout_map, path) or ""
+        axes = tuple(
+            None if letter in layouts.HEADS and size % layouts.size_of(self.device_mesh, axis) else axis
+            for axis, letter, size in zip(layout.axes, letters or "-" * len(shape), shape)
+        )
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+class RowsLayout(keras.distribution.TensorLayout):
+    """Cuts the first axis of a tensor along several axes of a mesh, which Keras' own layouts cannot express.
+
+    Args:
+        rank: int.
+        rows: tuple of names of mesh axes.
+        device_mesh: a `keras.distribution.DeviceMesh`.
+    """
+
+    def __init__(self, rank, rows, device_mesh):
+        super().__init__((None,) * rank, device_mesh)
+        self._rows = rows
+
+    @property
+    def axes(self):
+        return (self._rows, *super().axes[1:])
