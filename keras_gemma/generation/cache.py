@@ -61,7 +61,7 @@ def update_cache(network, weights, token_ids, cache, column):
         block = network.block(index, block_weights)
         query, key, value = block.queries_keys_values(x, rotation)
         attended, keys, values = kernels.cached_attention(query, key, value, keys, values, first_column, column)
-        x = block.finish(x, attended)
+        x = kernels.rows_apart(block.finish(x, attended))
         layers.append((keys, values))
     return ends.hidden(x), {"layers": tuple(layers), "first_column": first_column}
 

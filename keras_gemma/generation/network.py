@@ -104,7 +104,9 @@ class LayerEnds:
 
     def embed(self, token_ids):
         with _given_values(self.backbone.token_embedding, self.embedding_values):
-            return self.backbone.embedding_scale(self.backbone.token_embedding(token_ids))
+            embedding = self.backbone.token_embedding
+            x = kernels.look_up(embedding, token_ids, path="token_embedding/embeddings")
+            return self.backbone.embedding_scale(x)
 
     def hidden(self, x):
         with _given_values(self.backbone.layer_norm, self.norm_values):

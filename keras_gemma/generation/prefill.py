@@ -29,7 +29,7 @@ def make_block(network, index, capacity):
     def run_block(weights, x, first_column):
         block = network.block(index, weights)
         query, key, value = block.queries_keys_values(x, _rotation(network, x, first_column))
-        x = block.finish(x, kernels.prompt_attention(query, key, value, first_column))
+        x = kernels.rows_apart(block.finish(x, kernels.prompt_attention(query, key, value, first_column)))
         return x, with_capacity(heads_first(key), capacity), with_capacity(heads_first(value), capacity)
 
     return run_block

@@ -23,6 +23,7 @@ from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
+from keras_gemma.kernels.sharding import look_up
 from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
@@ -38,6 +39,7 @@ __all__ = [
     "geglu",
     "in_row_chunks",
     "logits_loss",
+    "look_up",
     "named",
     "prefers_own_geglu",
     "prefers_packed_weights",

@@ -25,6 +25,41 @@ def rows_apart(x):
     return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
 
 
+def look_up(embed, token_ids, path):
+    """`embed(token_ids)`, where the width of the embeddings may be cut along an axis that cuts the rows as well.
+
+    Then the devices along that axis look up the rows of all of them, each in its own part of the width, and exchange
+    what they found: every one sends no more than it keeps. XLA by itself gathers all rows of all pods everywhere.
+
+    Args:
+        embed: callable from int `[B, T]` to `[B, T, D]`.
+        token_ids: int tensor `[B, T]`.
+        path: string. The path of the embeddings `[V, D]`.
+
+    Returns:
+        A tensor `[B, T, D]`, laid out as by `rows_apart`.
+    """
+    distribution = keras.distribution.distribution()
+    layout = distribution and distribution.get_tensor_layout(path)
+    width = layout and layout.axes[-1]
+    rows = layout and _names(distribution.get_data_layout(token_ids.shape).axes[0])
+    if not on_jax() or not width or width not in rows or token_ids.shape[0] is None:
+        return rows_apart(embed(token_ids))
+    if token_ids.shape[0] % shards_of_batch():
+        return embed(token_ids)
+    others = tuple(name for name in rows if name != width) or None
+    x = embed(_laid_out(token_ids, others, None))
+    return rows_apart(_laid_out(x, others, None, width))
+
+
+def _laid_out(x, *axes):
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec
+
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    return keras.distribution.distribute_tensor(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
 def on_own_rows_and_heads(attend, query, key, value, segment_ids):
     """`attend` of the arguments, each device of the active `keras.distribution` computing its own part.
 

@@ -1,0 +1,255 @@
+"""Checks on eight devices that XLA makes of one CPU: `python eight_devices.py CHECK...`, see `test_eight_devices.py`.
+
+Several checks share a process: starting one takes longer than most checks.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+# Programs are run a few times only: compiling them fast is what counts.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+
+from keras_gemma import startup
+
+if __name__ == "__main__":
+    startup.leave_out_tensorflow()
+
+import jax
+import keras
+import numpy as np
+
+from keras_gemma.distribution import PodParallel
+from keras_gemma.distribution import local_model
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
+from keras_gemma.training import AdamW
+
+COMMON = {"vocabulary_size": 64, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 64, "head_dim": 8}
+SHAPES = {
+    "2b": {**COMMON, "num_query_heads": 8, "num_key_value_heads": 1},
+    "7b": {**COMMON, "num_query_heads": 4, "num_key_value_heads": 4},
+}
+LENGTH = 8
+
+
+def pods(*shape, **kwargs):
+    mesh = keras.distribution.DeviceMesh(shape, ("replica", "data", "model"))
+    return PodParallel(mesh, **kwargs)
+
+
+def build(shape="2b"):
+    keras.utils.set_random_seed(0)
+    model = GemmaCausalLM(GemmaBackbone(**SHAPES[shape], scan_layers=True))
+    random = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(0.0, 0.3, variable.shape))
+    return model
+
+
+def examples(rows, seed=1):
+    """Inputs, targets and weights of which some rows have padding and one has no weight at all."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(3, 64, (rows, LENGTH + 1)).astype("int32")
+    mask = (np.arange(LENGTH) < random.integers(3, LENGTH + 1, (rows, 1))).astype("int32")
+    weights = random.uniform(0, 1, (rows, LENGTH)).astype("float32") * mask
+    weights[1] = 0.0
+    return {"token_ids": ids[:, :-1] * mask, "padding_mask": mask}, ids[:, 1:], weights
+
+
+def trained(model, rows=11, **kwargs):
+    """Losses and metrics of three steps with a batch that no mesh divides."""
+    model.compile(AdamW(1e-2))
+    x, y, weights = examples(rows)
+    return model.fit(x, y, sample_weight=weights, batch_size=rows, shuffle=False, epochs=3, verbose=0, **kwargs).history
+
+
+def generated(model):
+    random = np.random.default_rng(2)
+    ids = random.integers(3, 64, (3, 14)).astype("int32")
+    mask = (np.arange(14) < np.array([[3], [6], [1]])).astype("int32")
+    outputs = model.generate({"token_ids": ids * mask, "padding_mask": mask}, stop_token_ids=None)
+    return outputs["token_ids"]
+
+
+def shard_of(variable):
+    return variable.value.addressable_shards[0].data.shape
+
+
+def run(shape):
+    model = build(shape)
+    return model, trained(model), model.get_weights(), generated(model)
+
+
+def every_mesh_trains_and_generates_as_one_device_does():
+    alone = {shape: run(shape) for shape in SHAPES}
+    for mesh, shape in (((1, 8, 1), "2b"), ((1, 1, 8), "2b"), ((1, 2, 4), "7b"), ((2, 2, 2), "2b")):
+        _, history, weights, tokens = alone[shape]
+        with pods(*mesh).scope():
+            model = build(shape)
+            received = trained(model)
+            for name in history:
+                np.testing.assert_allclose(received[name], history[name], rtol=1e-5, err_msg=f"{name} on {mesh}")
+            for weight, expected in zip(model.get_weights(), weights):
+                np.testing.assert_allclose(weight, expected, atol=1e-5, err_msg=str(mesh))
+            np.testing.assert_array_equal(generated(model), tokens, err_msg=str(mesh))
+            assert_cut_as_the_mesh_says(model, mesh)
+            if mesh[0] > 1:
+                assert_nothing_but_sums_crosses_pods(model, mesh)
+
+
+def assert_cut_as_the_mesh_says(model, mesh):
+    """Weights and both moments have as many parts as a pod has devices, but for the one key-value head and norms."""
+    _, data, model_size = mesh
+    moments = {v.path.split("/")[-1]: v for v in model.optimizer.variables}
+    for weight in model.trainable_variables:
+        if len(weight.shape) < 2:
+            continue
+        parts = data if weight.shape[0] == 1 else data * model_size
+        shard = shard_of(weight)
+        assert np.prod(shard) * parts == np.prod(weight.shape), (weight.path, shard)
+        for moment in ("momentum", "velocity"):
+            assert shard_of(moments[f"{weight.path.replace('/', '_')}_{moment}"]) == shard, weight.path
+
+
+def assert_nothing_but_sums_crosses_pods(model, mesh):
+    text = compiled_step(model)
+    devices_of_a_pod = mesh[1] * mesh[2]
+    collectives = re.findall(r"= \S+ (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)[\w-]*\((.*)", text)
+    assert collectives
+    for kind, line in collectives:
+        if kind != "all-reduce":
+            for group in groups_in(line):
+                assert len({device // devices_of_a_pod for device in group}) == 1, line
+
+
+def compiled_step(model):
+    x, y, weights = examples(8)
+    layout = keras.distribution.distribution().get_data_layout
+    batch = jax.tree.map(lambda a: keras.distribution.distribute_tensor(a, layout(a.shape)), (x, y, weights))
+    variables = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+    state = [[variable.value for variable in of_kind] for of_kind in (*variables, model.metrics_variables)]
+    return jax.jit(model.train_step).lower(state, batch).compile().as_text()
+
+
+def groups_in(line):
+    """Lists of devices that talk to each other in a collective of HLO."""
+    pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
+    listed = pairs or re.search(r"replica_groups=\{(.*?\})\}", line)
+    if listed:
+        return [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if mesh:
+        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        among = [names.index(name) for name in re.findall(r"'(\w+)'", mesh[2])]
+        devices = np.arange(8).reshape([int(size) for size in sizes])
+        devices = np.moveaxis(devices, among, range(-len(among), 0))
+        return devices.reshape(-1, np.prod(devices.shape[-len(among) :])).tolist()
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    count, size, shape, order = iota.groups()
+    devices = np.arange(8).reshape([int(n) for n in shape.split(",")])
+    devices = devices.transpose([int(n) for n in order.split(",")]) if order else devices
+    return devices.reshape(int(count), int(size)).tolist()
+
+
+def batches_of_any_size_are_predicted_and_evaluated():
+    x, y, weights = examples(11)
+    alone = build()
+    alone.compile()
+    logits, results = alone.predict(x, batch_size=3, verbose=0), alone.evaluate(x, y, 3, weights, verbose=0)
+    unweighted = alone.evaluate(x, y, 11, verbose=0)
+    with pods(2, 2, 2).scope():
+        model = build()
+        model.compile()
+        received = model.predict(x, batch_size=3, verbose=0)
+        assert received.shape == logits.shape == (11, LENGTH, 64)
+        np.testing.assert_allclose(received, logits, atol=1e-5)
+        batches = (({name: values[i : i + 5] for name, values in x.items()},) for i in range(0, 11, 5))
+        np.testing.assert_allclose(model.predict(batches, verbose=0, steps=3), logits, atol=1e-5)
+        np.testing.assert_allclose(model.evaluate(x, y, 3, weights, verbose=0), results, rtol=1e-5)
+        np.testing.assert_allclose(model.evaluate(x, y, 11, verbose=0), unweighted, rtol=1e-5)
+
+
+def adapters_and_8_bit_weights_lie_on_the_mesh():
+    x, _, _ = examples(8)
+
+    def tuned():
+        model = build("7b")
+        model.backbone.enable_lora(2, target_layer_names=["query", "value", "attention_output", "ffw_linear"])
+        return model, trained(model, rows=8)
+
+    alone, history = tuned()
+    with pods(2, 2, 2).scope():
+        model, received = tuned()
+        np.testing.assert_allclose(received["loss"], history["loss"], rtol=1e-5)
+        shards = {v.path: shard_of(v) for v in model.trainable_variables}
+        block = "decoder_block_0"
+        assert shards[f"{block}/attention/query/lora_kernel_a"] == (2, 8, 2)
+        assert shards[f"{block}/attention/attention_output/lora_kernel_a"] == (2, 8, 2)
+        assert shards[f"{block}/attention/attention_output/lora_kernel_b"] == (2, 8)
+        assert shards[f"{block}/ffw_linear/lora_kernel_a"] == (16, 2)
+        model = build("7b")
+        model.quantize("int8")
+        shards = {v.path: shard_of(v) for v in model.variables}
+        assert shards["token_embedding/embeddings"] == (32, 8)
+        assert shards[f"{block}/attention/key/kernel"] == (2, 8, 8)
+        received = model.predict(x, verbose=0)
+    quantized = build("7b")
+    quantized.quantize("int8")
+    np.testing.assert_allclose(received, quantized.predict(x, verbose=0), atol=2e-2)
+
+
+def files_of_one_mesh_load_on_others():
+    x, _, _ = examples(8)
+    with tempfile.TemporaryDirectory() as folder:
+        preset, weights = Path(folder) / "preset", Path(folder) / "model.weights.h5"
+        with pods(2, 2, 2).scope():
+            model = build()
+            logits = model.predict(x, verbose=0)
+            model.backbone.save_to_preset(preset)
+            model.save_weights(weights)
+
+        def check():
+            loaded = GemmaCausalLM(GemmaBackbone.from_preset(str(preset)))
+            np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, atol=1e-5)
+            loaded = GemmaCausalLM(GemmaBackbone(**SHAPES["2b"]))
+            loaded.load_weights(weights)
+            np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, atol=1e-5)
+            return loaded
+
+        check()
+        with local_model().scope():
+            assert shard_of(check().backbone.token_embedding.embeddings) == (8, 16)
+
+
+def a_run_goes_on_on_another_mesh():
+    from keras_gemma.training import ExactResume
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def losses(epochs):
+            model = build()
+            model.compile(AdamW(1e-2))
+            x, y, weights = examples(11)
+            settings = {"sample_weight": weights, "batch_size": 6, "epochs": epochs, "verbose": 0}
+            return model.fit(x, y, callbacks=[ExactResume(folder, save_every_steps=1)], **settings).history["loss"]
+
+        with pods(1, 4, 2).scope():
+            begun = losses(1)
+        with pods(2, 2, 2).scope():
+            gone_on = losses(2)
+    assert gone_on[:1] == begun
+    with tempfile.TemporaryDirectory() as folder:
+        np.testing.assert_allclose(gone_on, losses(2), rtol=1e-5)
+
+
+if __name__ == "__main__":
+    import time
+
+    for name in sys.argv[1:]:
+        began = time.monotonic()
+        globals()[name]()
+        print(f"{name} {time.monotonic() - began:.1f} s", flush=True)
