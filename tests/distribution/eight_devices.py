@@ -28,7 +28,9 @@ from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 from keras_gemma.training import AdamW
 
-COMMON = {"vocabulary_size": 64, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 64, "head_dim": 8}
+# Scanned, as on accelerators.
+TWO_LAYERS = {"num_layers": 2, "scan_layers": True}
+COMMON = {"vocabulary_size": 64, "num_layers": 1, "hidden_dim": 16, "intermediate_dim": 64, "head_dim": 8}
 SHAPES = {
     "2b": {**COMMON, "num_query_heads": 8, "num_key_value_heads": 1},
     "7b": {**COMMON, "num_query_heads": 4, "num_key_value_heads": 4},
@@ -41,9 +43,9 @@ def pods(*shape, **kwargs):
     return PodParallel(mesh, **kwargs)
 
 
-def build(shape="2b"):
+def build(shape="2b", **kwargs):
     keras.utils.set_random_seed(0)
-    model = GemmaCausalLM(GemmaBackbone(**SHAPES[shape], scan_layers=True))
+    model = GemmaCausalLM(GemmaBackbone(**{**SHAPES[shape], **kwargs}))
     random = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(random.normal(0.0, 0.3, variable.shape))
@@ -80,7 +82,7 @@ def shard_of(variable):
 
 
 def run(shape):
-    model = build(shape)
+    model = build(shape, **TWO_LAYERS)
     return model, trained(model), model.get_weights(), generated(model)
 
 
@@ -89,7 +91,7 @@ def every_mesh_trains_and_generates_as_one_device_does():
     for mesh, shape in (((1, 8, 1), "2b"), ((1, 1, 8), "2b"), ((1, 2, 4), "7b"), ((2, 2, 2), "2b")):
         _, history, weights, tokens = alone[shape]
         with pods(*mesh).scope():
-            model = build(shape)
+            model = build(shape, **TWO_LAYERS)
             received = trained(model)
             for name in history:
                 np.testing.assert_allclose(received[name], history[name], rtol=1e-5, err_msg=f"{name} on {mesh}")
@@ -118,7 +120,9 @@ def assert_cut_as_the_mesh_says(model, mesh):
 def assert_nothing_but_sums_crosses_pods(model, mesh):
     text = compiled_step(model)
     devices_of_a_pod = mesh[1] * mesh[2]
-    collectives = re.findall(r"= \S+ (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)[\w-]*\((.*)", text)
+    collectives = re.findall(
+        r"= \S+ (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)[\w-]*\((.*)", text
+    )
     assert collectives
     for kind, line in collectives:
         if kind != "all-reduce":
@@ -167,7 +171,8 @@ def batches_of_any_size_are_predicted_and_evaluated():
         received = model.predict(x, batch_size=3, verbose=0)
         assert received.shape == logits.shape == (11, LENGTH, 64)
         np.testing.assert_allclose(received, logits, atol=1e-5)
-        batches = (({name: values[i : i + 5] for name, values in x.items()},) for i in range(0, 11, 5))
+        cut = [slice(start, start + 5) for start in range(0, 11, 5)]
+        batches = (({name: values[rows] for name, values in x.items()}, y[rows]) for rows in cut)
         np.testing.assert_allclose(model.predict(batches, verbose=0, steps=3), logits, atol=1e-5)
         np.testing.assert_allclose(model.evaluate(x, y, 3, weights, verbose=0), results, rtol=1e-5)
         np.testing.assert_allclose(model.evaluate(x, y, 11, verbose=0), unweighted, rtol=1e-5)
