@@ -64,7 +64,8 @@ def examples(rows, seed=1):
 
 def trained(model, rows=11, **kwargs):
     """Losses and metrics of three steps with a batch that no mesh divides."""
-    model.compile(AdamW(1e-2))
+    # With a small epsilon Adam makes whole steps of gradients that are rounding and nothing else.
+    model.compile(AdamW(1e-2, epsilon=1e-3))
     x, y, weights = examples(rows)
     return model.fit(x, y, sample_weight=weights, batch_size=rows, shuffle=False, epochs=3, verbose=0, **kwargs).history
 
@@ -120,9 +121,8 @@ def assert_cut_as_the_mesh_says(model, mesh):
 def assert_nothing_but_sums_crosses_pods(model, mesh):
     text = compiled_step(model)
     devices_of_a_pod = mesh[1] * mesh[2]
-    collectives = re.findall(
-        r"= \S+ (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)[\w-]*\((.*)", text
-    )
+    kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+    collectives = re.findall(rf"= .*? ({kinds})(?:-start)?\((.*)", text)
     assert collectives
     for kind, line in collectives:
         if kind != "all-reduce":
@@ -186,7 +186,7 @@ def adapters_and_8_bit_weights_lie_on_the_mesh():
         model.backbone.enable_lora(2, target_layer_names=["query", "value", "attention_output", "ffw_linear"])
         return model, trained(model, rows=8)
 
-    alone, history = tuned()
+    _, history = tuned()
     with pods(2, 2, 2).scope():
         model, received = tuned()
         np.testing.assert_allclose(received["loss"], history["loss"], rtol=1e-5)
