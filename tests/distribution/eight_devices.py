@@ -1,4 +1,4 @@
-"""Checks on eight devices that XLA makes of one CPU: `python eight_devices.py CHECK...`, see `test_eight_devices.py`.
+"""Checks on eight devices that XLA makes of one CPU: `python eight_devices.py CHECK...`, as `conftest.py` does.
 
 Several checks share a process: starting one takes longer than most checks.
 """
@@ -11,12 +11,11 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 # Programs are run a few times only: compiling them fast is what counts.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 from keras_gemma import startup
 
-if __name__ == "__main__":
-    startup.leave_out_tensorflow()
+startup.leave_out_tensorflow()
 
 import jax
 import keras
@@ -252,9 +251,5 @@ def a_run_goes_on_on_another_mesh():
 
 
 if __name__ == "__main__":
-    import time
-
     for name in sys.argv[1:]:
-        began = time.monotonic()
         globals()[name]()
-        print(f"{name} {time.monotonic() - began:.1f} s", flush=True)
