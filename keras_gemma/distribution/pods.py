@@ -29,7 +29,7 @@ class PodParallel(keras.distribution.ModelParallel):
 
     >>> import keras
     >>> from keras_gemma.distribution import PodParallel
-    >>> mesh = keras.distribution.DeviceMesh((1, 1, 1), ("replica", "data", "model"))
+    >>> mesh = keras.distribution.DeviceMesh((1, 1, 1), ("replica", "data", "model"), devices=["cpu:0"])
     >>> PodParallel(mesh).get_data_layout((8, 128)).axes
     (('replica', 'data'), None)
     """

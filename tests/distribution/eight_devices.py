@@ -1,21 +1,17 @@
-"""Checks on eight devices that XLA makes of one CPU: `python eight_devices.py CHECK...`, as `conftest.py` does.
+"""Checks on eight devices that XLA makes of one CPU. `conftest.py` runs `python eight_devices.py CHECK...`.
 
 Several checks share a process: starting one takes longer than most checks.
 """
 
-import os
 import re
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
-# Programs are run a few times only: compiling them fast is what counts.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-
 from keras_gemma import startup
 
-startup.leave_out_tensorflow()
+if __name__ == "__main__":
+    startup.leave_out_tensorflow()
 
 import jax
 import keras
@@ -86,18 +82,25 @@ def run(shape):
     return model, trained(model), model.get_weights(), generated(model)
 
 
-def every_mesh_trains_and_generates_as_one_device_does():
-    alone = {shape: run(shape) for shape in SHAPES}
-    for mesh, shape in (((1, 8, 1), "2b"), ((1, 1, 8), "2b"), ((1, 2, 4), "7b"), ((2, 2, 2), "2b")):
-        _, history, weights, tokens = alone[shape]
+def mixed_meshes_train_and_generate_as_one_device_does():
+    assert_equal_to_one_device("2b", (2, 2, 2))
+    assert_equal_to_one_device("7b", (1, 2, 4))
+
+
+def data_and_model_meshes_train_and_generate_as_one_device_does():
+    assert_equal_to_one_device("2b", (1, 8, 1), (1, 1, 8))
+
+
+def assert_equal_to_one_device(shape, *meshes):
+    _, history, weights, tokens = run(shape)
+    for mesh in meshes:
         with pods(*mesh).scope():
-            model = build(shape, **TWO_LAYERS)
-            received = trained(model)
+            model, received, weights_received, tokens_received = run(shape)
             for name in history:
                 np.testing.assert_allclose(received[name], history[name], rtol=1e-5, err_msg=f"{name} on {mesh}")
-            for weight, expected in zip(model.get_weights(), weights):
+            for weight, expected in zip(weights_received, weights):
                 np.testing.assert_allclose(weight, expected, atol=1e-5, err_msg=str(mesh))
-            np.testing.assert_array_equal(generated(model), tokens, err_msg=str(mesh))
+            np.testing.assert_array_equal(tokens_received, tokens, err_msg=str(mesh))
             assert_cut_as_the_mesh_says(model, mesh)
             if mesh[0] > 1:
                 assert_nothing_but_sums_crosses_pods(model, mesh)

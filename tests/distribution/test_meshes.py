@@ -1,5 +1,12 @@
 """Training and generation on meshes of eight devices."""
 
+import pytest
 
-def test_every_mesh_trains_and_generates_as_one_device_does(on_eight_devices):
-    on_eight_devices("every_mesh_trains_and_generates_as_one_device_does")
+
+def test_mixed_meshes_train_and_generate_as_one_device_does(on_eight_devices):
+    on_eight_devices("mixed_meshes_train_and_generate_as_one_device_does")
+
+
+@pytest.mark.slow
+def test_data_and_model_meshes_train_and_generate_as_one_device_does(on_eight_devices):
+    on_eight_devices("data_and_model_meshes_train_and_generate_as_one_device_does")
