@@ -50,6 +50,10 @@ class UsageError(Exception):
     """A wrong combination of arguments that argparse cannot see."""
 
 
+class DoesNotFitError(Exception):
+    """A plan for too little memory."""
+
+
 def _one_line(error):
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__
@@ -61,7 +65,7 @@ def _one_line(error):
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="keras-gemma",
-        description="Gemma language models in Keras: generate text, chat, list presets.",
+        description="Gemma language models in Keras: generate text, chat, list presets, plan training on TPUs.",
         epilog=f"""\
 examples:
   keras-gemma generate "The old man went"
@@ -69,6 +73,7 @@ examples:
   cat letter.txt | keras-gemma generate --strip-prompt -
   keras-gemma chat --preset gemma_1.1_instruct_2b_en
   keras-gemma presets
+  keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096
 
 Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with the package and needs no download.
 `keras-gemma COMMAND --help` describes the options of a command.""",
@@ -79,6 +84,7 @@ Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with t
     _add_generate(commands)
     _add_chat(commands)
     _add_presets(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -126,6 +132,44 @@ def _add_presets(commands):
         help="list the presets",
         description="Lists the presets that --preset takes by name, with their size and where their weights are.",
     )
+
+
+def _add_plan(commands):
+    parser = _add_command(
+        commands,
+        plan,
+        help="compile a training step for TPUs that need not be there",
+        description="Compiles the step that `fit` runs on a configuration, with the TPU's own compiler and no TPU, and "
+        "says whether it fits, what it computes and sends, and how fast it can be at best. Takes minutes.",
+        epilog="""\
+examples:
+  keras-gemma plan --preset gemma_2b_en --config gemma_2b_v5e_16
+  keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096 --sequence-length 8192 --batch-size 4096 --json
+
+The exit status is 1 where the step does not fit. Needs libtpu: pip install 'keras_gemma[plan]'""",
+    )
+    parser.add_argument("--preset", default="gemma_2b_en", help="name or folder (default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        default="gemma_2b_v5e_16",
+        help="name in keras_gemma.distribution; an unknown one lists them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sequence-length", type=_positive_int, default=8192, metavar="T", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive_int,
+        metavar="B",
+        help="rows of all devices together (default: one a part)",
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=("none", "dots", "block"),
+        default="block",
+        help="what is not kept (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
 def _add_command(commands, run, help, description, epilog=None):
@@ -315,6 +359,19 @@ def readable_count(parameters):
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f}B"
     return f"{parameters / 1e6:.1f}M"
+
+
+def plan(args):
+    # The TPU that a program is compiled for is not the one to run on.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["KERAS_BACKEND"] = "jax"
+    startup.leave_out_tensorflow()
+    from keras_gemma.planning import plan
+
+    made = plan(args.preset, args.config, args.sequence_length, args.batch_size, args.recompute)
+    print(made.to_json() if args.json else made)
+    if not made.fits:
+        raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}")
 
 
 # === Loading ===

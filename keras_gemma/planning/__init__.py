@@ -1,0 +1,17 @@
+"""Compiling ahead for chips that are not there: does a configuration fit, and what will it do?
+
+preset + configuration + batch → model without memory → compiled program → plan
+
+topology   devices of a TPU that nobody rents yet, and what its chips can do
+abstract   a model, its optimizer and a batch as shapes with layouts
+program    what a compiled program does, counted in its text
+plan       the three put together; `plan(...)` is the one that people call
+
+`keras-gemma plan` prints it. TPU programs are compiled by the TPU's own compiler, in the package libtpu:
+`pip install 'keras_gemma[plan]'`.
+"""
+
+from keras_gemma.planning.plan import Plan
+from keras_gemma.planning.plan import plan
+
+__all__ = ["Plan", "plan"]

@@ -1,0 +1,89 @@
+"""A model, its optimizer and a batch as shapes with layouts: nothing is allocated, whatever their size."""
+
+import keras
+
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
+
+
+def model_without_memory(preset, optimizer, **backbone_arguments):
+    """A compiled `GemmaCausalLM` whose variables have shapes and paths and no values.
+
+    Args:
+        preset: string, as of `from_preset`.
+        optimizer: callable without arguments to a `keras.optimizers.Optimizer`.
+        **backbone_arguments: `dtype`, `recompute` and others of `GemmaBackbone`.
+
+    Returns:
+        A `GemmaCausalLM`. It can be traced through its stateless methods, and nothing else.
+    """
+    import jax
+
+    made = []
+
+    def build():
+        backbone = GemmaBackbone.from_preset(preset, load_weights=False, **backbone_arguments)
+        model = GemmaCausalLM(backbone)
+        model.compile(optimizer=optimizer())
+        model.optimizer.build(model.trainable_variables)
+        made.append(model)
+        return 0
+
+    # Traced, initial values are symbols.
+    jax.eval_shape(build)
+    return made[0]
+
+
+def state_of(model):
+    """What a training step takes and gives, as lists of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        A tuple: trainable variables, others, those of the optimizer, those of metrics.
+    """
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    return tuple([_shape_of(variable) for variable in group] for group in groups)
+
+
+def batch_of(rows, length):
+    """A batch of token ids, targets and weights, as `jax.ShapeDtypeStruct`s `[rows, length]`."""
+    token_ids, mask, targets, weights = (
+        _rows_of(rows, length, dtype) for dtype in ("int32", "int32", "int32", "float32")
+    )
+    return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
+
+
+def shardings_of(shapes):
+    import jax
+
+    return jax.tree.map(lambda shape: shape.sharding, shapes)
+
+
+def bytes_on_a_device(shapes):
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s that one device holds."""
+    import math
+
+    import jax
+
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def _shape_of(variable):
+    import jax
+
+    layout = keras.distribution.distribution().get_variable_layout(variable)
+    return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=layout.backend_layout)
+
+
+def _rows_of(rows, length, dtype):
+    import jax
+
+    layout = keras.distribution.distribution().get_data_layout((rows, length))
+    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout.backend_layout)

@@ -1,0 +1,76 @@
+import json
+
+import jax
+import keras
+import pytest
+
+from keras_gemma import cli
+from keras_gemma.planning import plan
+from keras_gemma.training import training_flops_per_token
+
+SETTINGS = {"sequence_length": 64, "batch_size": 2, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], **SETTINGS)
+
+
+def test_a_plan_of_the_bundled_preset(made):
+    from keras_gemma import GemmaCausalLM
+
+    model = GemmaCausalLM.from_preset("gemma_tiny_en", dtype="float32")
+    weights = sum(variable.numpy().nbytes for variable in model.backbone.variables)
+    assert made.fits
+    # Metrics and random generators besides.
+    assert weights <= made.memory["weights"] < weights + 1000
+    # Adam keeps two numbers a weight.
+    assert made.memory["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert made.memory["peak"] > made.memory["weights"] + made.memory["optimizer"]
+    per_token = training_flops_per_token(model.backbone.get_config(), 64, causal=True)
+    assert made.model_flops == per_token * 2 * 64
+    # Blocks are computed again, and attention looks at what is masked too.
+    assert 1.0 < made.executed_flops / made.model_flops < 1.5
+    assert not made.within_pods and not made.across_pods
+
+
+def test_without_recomputation_there_is_less_to_do(made):
+    kept = plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], recompute="none", **SETTINGS)
+    assert kept.executed_flops < made.executed_flops
+
+
+def test_a_plan_leaves_nothing_behind(made):
+    assert keras.distribution.distribution() is None
+    # Variables made later have values.
+    assert float(keras.Variable(1.0).numpy()) == 1.0
+
+
+def test_a_plan_is_read_by_people_and_programs(made):
+    assert "fits" in str(made) and "temporaries" in str(made)
+    # What a chip of no known kind takes is not guessed.
+    assert made.step_seconds is None and "at best" not in str(made)
+    assert json.loads(made.to_json())["memory"] == made.memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "gemma_3b"}, "Configurations are gemma_2b_v5e_8"),
+        ({"config": "local_data"}, "give `devices`"),
+        ({"config": "gemma_2b_v5e_16", "batch_size": 5}, "into 16 parts"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, message, monkeypatch):
+    monkeypatch.setattr("keras_gemma.planning.topology.tpu_devices", lambda *_: _sixteen_devices())
+    with pytest.raises(ValueError, match=message):
+        plan("gemma_tiny_en", **arguments)
+
+
+def _sixteen_devices():
+    return [jax.devices()[0]] * 16
+
+
+def test_the_command(monkeypatch, capsys, made):
+    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments: made)
+    assert cli.main(["plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["configuration"] == "local_data"

@@ -1,0 +1,114 @@
+"""Counts in the text of a program against what it is known to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from keras_gemma.planning.program import Program
+
+LAYERS = 5
+FORWARD = 2 * 16 * 32 * 32
+
+
+def program_of(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    return Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def scanned(x, weights):
+    return lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    program = program_of(scanned, (16, 32), (LAYERS, 32, 32))
+    assert sum(program.flops.values()) == LAYERS * FORWARD
+
+
+def test_a_backward_pass_counts_thrice():
+    program = program_of(jax.grad(lambda *args: scanned(*args).sum(), (0, 1)), (16, 32), (LAYERS, 32, 32))
+    assert sum(program.flops.values()) == 3 * LAYERS * FORWARD
+
+
+# As the TPU's compiler writes products: of a matrix; of a matrix and a batch of them, in windows over the edge.
+CONVOLUTIONS = {
+    "f32[8,5] convolution(%left, %right), dim_labels=bf_io->bf": ("8,3", "3,5", 2 * 8 * 3 * 5),
+    "f32[8,4,6,1] convolution(%left, %right), window={size=4x2 pad=3_3x0_0 rhs_reversal=1x0}, "
+    "dim_labels=b1f0_01io->b0f1": ("8,2,3,1", "4,2,3,6", 2 * 8 * 4 * 2 * 3 * 6),
+}
+
+
+@pytest.mark.parametrize("line", CONVOLUTIONS)
+def test_products_that_are_written_as_convolutions(line):
+    left, right, expected = CONVOLUTIONS[line]
+    text = f"""HloModule m
+ENTRY %main (left: f32[{left}], right: f32[{right}]) -> f32[] {{
+  %left = f32[{left}]{{0}} parameter(0)
+  %right = f32[{right}]{{0}} parameter(1)
+  ROOT %product = {line}
+}}
+"""
+    assert sum(Program(text).flops.values()) == expected
+
+
+LOOP = """HloModule m
+%condition (state: (u32[], f32[64])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %state = (u32[]{:T(128)}, f32[64]{0}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%counter, %limit), direction=LT
+}
+
+%body (state: (u32[], f32[64])) -> (u32[], f32[64]) {
+  %one = u32[]{:T(128)} constant(1)
+  %state.1 = (u32[]{:T(128)}, f32[64]{0}) parameter(0)
+  %counter.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %sent = f32[64]{0} get-tuple-element(%state.1), index=1
+  %received = f32[64]{0} collective-permute(%sent), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %kernel = f32[64]{0} custom-call(%received), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
+}}, metadata={op_name="attention"}
+  %next = u32[]{:T(128)} add(%counter.1, %one)
+  %next.1 = u32[]{:T(128)} add(%one, %next)
+  ROOT %new = (u32[]{:T(128)}, f32[64]{0}) tuple(%next.1, %kernel)
+}
+
+ENTRY %main (start: (u32[], f32[64])) -> (u32[], f32[64]) {
+  %start = (u32[]{:T(128)}, f32[64]{0}) parameter(0)
+  ROOT %loop = (u32[]{:T(128)}, f32[64]{0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_counter_may_take_two_steps_at_once():
+    program = Program(LOOP, kernel_flops=lambda instruction, operands: 10.0)
+    assert program.kernels == {"kernel": 4}
+    assert program.flops == {"attention": 40.0}
+    (sent,) = program.collectives
+    assert (sent.kind, sent.sent, sent.turns) == ("collective-permute", 64 * 4, 4)
+
+
+GROUPS = {
+    "replica_groups={{0,1},{2,3}}": [[0, 1], [2, 3]],
+    "replica_groups=[2,2]<=[4]": [[0, 1], [2, 3]],
+    "replica_groups=[2,2]<=[2,2]T(1,0)": [[0, 2], [1, 3]],
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}": [[0, 2], [1, 3]],
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}": [[0, 1], [2, 3]],
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}": [[0, 1, 2, 3]],
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_of_devices(groups):
+    text = f"""HloModule m
+ENTRY %main (x: bf16[10]) -> bf16[10] {{
+  %x = bf16[10]{{0}} parameter(0)
+  ROOT %sum = bf16[10]{{0}} all-reduce(%x), {groups}, to_apply=%add
+}}
+"""
+    (collective,) = Program(text).collectives
+    np.testing.assert_array_equal(collective.groups, GROUPS[groups])
+    # Pods of two devices.
+    assert collective.crosses([0, 0, 1, 1]) == (GROUPS[groups][0] != [0, 1])
+    members = len(GROUPS[groups][0])
+    assert collective.sent == pytest.approx(2 * 20 * (members - 1) / members)
