@@ -60,14 +60,26 @@ from keras_gemma.distribution.pods import PodParallel
 
 globals().update(CONFIGURATIONS)
 
+
+def __getattr__(name):
+    # `plan` makes models, and models ask this package where their weights lie: so it is imported when it is used.
+    if name in ("Plan", "plan"):
+        from keras_gemma import planning
+
+        return getattr(planning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "CONFIGURATIONS",
     "Configuration",
+    "Plan",
     "PodParallel",
     "check_weights",
     "filled_up",
     "layout_map",
     "own_rows",
+    "plan",
     "shapes_of_weights",
     *CONFIGURATIONS,
 ]
