@@ -170,6 +170,7 @@ The exit status is 1 where the step does not fit. Needs libtpu: pip install 'ker
         help="what is not kept (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw memory and times, as plan.png")
 
 
 def _add_command(commands, run, help, description, epilog=None):
@@ -370,6 +371,8 @@ def plan(args):
 
     made = plan(args.preset, args.config, args.sequence_length, args.batch_size, args.recompute)
     print(made.to_json() if args.json else made)
+    if args.plot:
+        made.plot(args.plot)
     if not made.fits:
         raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}")
 

@@ -5,7 +5,8 @@ preset + configuration + batch → model without memory → compiled program →
 topology   devices of a TPU that nobody rents yet, and what its chips can do
 abstract   a model, its optimizer and a batch as shapes with layouts
 program    what a compiled program does, counted in its text
-plan       the three put together; `plan(...)` is the one that people call
+picture    memory and times as bars
+plan       all of them put together; `plan(...)` is the one that people call
 
 `keras-gemma plan` prints it. TPU programs are compiled by the TPU's own compiler, in the package libtpu:
 `pip install 'keras_gemma[plan]'`.

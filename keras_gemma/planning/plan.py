@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_gemma import distribution as distributions
 from keras_gemma.planning import abstract
+from keras_gemma.planning import picture
 from keras_gemma.planning import topology
 from keras_gemma.planning.program import Program
 from keras_gemma.training.flops import training_flops_per_token
@@ -90,6 +91,14 @@ class Plan:
 
     def __str__(self):
         return "\n".join(_lines(self))
+
+    def plot(self, path):
+        """Draws memory and times.
+
+        Args:
+            path: where the picture goes, as `plan.png`; what stands behind the dot is its format.
+        """
+        picture.draw(self, path)
 
 
 def plan(
@@ -205,7 +214,9 @@ def _read(compiled, mesh_shape, chip):
     within, across = {}, {}
     for one in program.collectives:
         sent = across if one.crosses(pods) else within
-        sent[one.kind] = sent.get(one.kind, 0.0) + one.sent * one.turns
+        # Of a sum over pods each sends, and passes on, all parts but its own.
+        rounds = 2 * (1 - 1 / mesh_shape[0]) if one.groups is None and one.kind == "all-reduce" else 1
+        sent[one.kind] = sent.get(one.kind, 0.0) + one.sent * one.turns * rounds
     flops = sum(program.flops.values())
     return {
         "executed_flops": flops,

@@ -49,8 +49,10 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: string, of `COLLECTIVES`.
-        groups: int array `[groups, devices]`, or `[pairs, 2]` of a permutation: places in the mesh, flattened.
-        sent: float. Bytes that each device sends for it, in the rings or trees in which it is known to need fewest.
+        groups: int array `[groups, devices]`, or `[pairs, 2]` of a permutation: places in the mesh, flattened. `None`
+            for what the compiler has turned into transfers between pods.
+        sent: float. Bytes that each device sends for it, in the rings or trees in which it is known to need fewest;
+            of a transfer, those that it hands over.
         turns: int. How often a step runs it.
         op_name: string, where in the model it comes from.
     """
@@ -67,6 +69,8 @@ class Collective(NamedTuple):
         Args:
             pod_of: int array, the pod of each place in the mesh.
         """
+        if self.groups is None:
+            return True
         pods = np.asarray(pod_of)[self.groups]
         return bool((pods != pods[:, :1]).any())
 
@@ -106,9 +110,9 @@ class Program:
             operands = [around[name].shapes[0] for name in instruction.operands if around[name].shapes]
             self.kernels[instruction.name.split(".")[0]] += turns
             self.flops[instruction.op_name] += turns * self._kernel_flops(instruction, operands)
-        elif kind in COLLECTIVES:
-            collective = _collective(kind, instruction, around, turns)
-            if collective.groups.shape[-1] > 1:
+        elif kind in COLLECTIVES or kind == "send":
+            collective = (_transfer if kind == "send" else _collective)(kind, instruction, around, turns)
+            if collective.groups is None or collective.groups.shape[-1] > 1:
                 self.collectives.append(collective)
 
 
@@ -247,6 +251,14 @@ def _collective(kind, instruction, around, turns):
         "collective-permute": given,
     }[kind]
     return Collective(kind, groups, float(sent), turns, instruction.op_name)
+
+
+def _transfer(kind, instruction, around, turns):
+    """A part of a collective that is sent through the hosts to other pods."""
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    kind = named.group(1).lower().replace("_", "-") if named else kind
+    sent = sum(_bytes(shape) for shape in around[instruction.operands[0]].shapes)
+    return Collective(kind, None, float(sent), turns, instruction.op_name)
 
 
 def _bytes(shape):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -74,3 +75,21 @@ def test_the_command(monkeypatch, capsys, made):
     monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments: made)
     assert cli.main(["plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["configuration"] == "local_data"
+
+
+def test_a_picture(tmp_path, made):
+    known = dataclasses.replace(made, memory_limit=16.0 * 2**30, seconds={"compute": 1.0, "memory": 0.5})
+    for one in (made, known):
+        one.plot(tmp_path / "plan.png")
+        assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_what_does_not_fit(monkeypatch, capsys, made):
+    limit = 16.0 * 2**30
+    refused = dataclasses.replace(made, fits=False, memory={"peak": limit + 2**30}, memory_limit=limit)
+    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments: refused)
+    assert cli.main(["plan"]) == 1
+    captured = capsys.readouterr()
+    assert "17.0 GiB a chip, 1.0 GiB more than there are" in captured.out
+    assert "recompute" in captured.out and "does not fit" in captured.err

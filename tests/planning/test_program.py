@@ -112,3 +112,17 @@ ENTRY %main (x: bf16[10]) -> bf16[10] {{
     assert collective.crosses([0, 0, 1, 1]) == (GROUPS[groups][0] != [0, 1])
     members = len(GROUPS[groups][0])
     assert collective.sent == pytest.approx(2 * 20 * (members - 1) / members)
+
+
+def test_transfers_between_pods():
+    text = """HloModule m
+ENTRY %main (x: bf16[10]) -> token[] {
+  %x = bf16[10]{0} parameter(0)
+  %after-all = token[] after-all()
+  ROOT %send = (bf16[10]{0}, u32[], token[]) send(%x, %after-all), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:255}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    (collective,) = Program(text).collectives
+    assert (collective.kind, collective.sent) == ("all-reduce", 20.0)
+    assert collective.crosses([0])
