@@ -16,6 +16,7 @@ from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
 from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.layer_stack import with_flags_bound
+from keras_gemma.kernels.normalization import rms_normalize
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
@@ -45,6 +46,7 @@ __all__ = [
     "prefers_packed_weights",
     "project",
     "prompt_attention",
+    "rms_normalize",
     "rotate",
     "rows_apart",
     "run_layers",

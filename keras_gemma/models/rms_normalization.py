@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_gemma import kernels
+
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
 class RMSNormalization(keras.layers.Layer):
@@ -23,11 +25,8 @@ class RMSNormalization(keras.layers.Layer):
         self.built = True
 
     def call(self, x):
-        x = ops.cast(x, "float32")
-        mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-        x = x * ops.rsqrt(mean_square + self.epsilon)
-        x = x * (1.0 + ops.cast(self.scale, "float32"))
-        return ops.cast(x, self.compute_dtype)
+        scale = 1.0 + ops.cast(self.scale, "float32")
+        return ops.cast(kernels.rms_normalize(ops.cast(x, "float32"), scale, self.epsilon), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
