@@ -148,7 +148,7 @@ def plan(
         model = abstract.model_without_memory(preset, optimizer, dtype=dtype, recompute=recompute)
         state, batch = abstract.state_of(model), abstract.batch_of(batch_size, sequence_length)
         start = time.perf_counter()
-        compiled, excess = _compiled(model.train_step, state, batch, devices[0].platform)
+        compiled, required = _compiled(model.train_step, state, batch, devices[0].platform)
         seconds = time.perf_counter() - start
     chip = topology.chip_of(configuration.topology)
     common = dict(
@@ -163,7 +163,7 @@ def plan(
         compile_seconds=seconds,
     )
     if compiled is None:
-        return Plan(**common, fits=False, memory={"peak": chip.memory * GIB + excess})
+        return Plan(**common, fits=False, memory={"peak": required})
     memory = _memory(compiled, state, batch)
     fits = chip is None or memory["peak"] <= chip.memory * GIB
     config = model.backbone.get_config()
@@ -181,18 +181,24 @@ def _configuration(name):
 
 
 def _compiled(step, state, batch, platform):
-    """The program, or `None` and by how many bytes it is too large."""
+    """The program, or `None` and the bytes that it would take where there are fewer."""
     import jax
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(None, abstract.shardings_of(state)))
     lowered = jitted.trace(state, batch).lower(lowering_platforms=(platform,))
     try:
-        return lowered.compile(), 0
+        return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
-        excess = re.search(r"[Ee]xceed\w* (?:available )?hbm capacity by ([\d.]+)([KMG])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or excess is None:
+        required = _required_memory(str(error))
+        if required is None:
             raise
-        return None, float(excess.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30}[excess.group(2)]
+        return None, required
+
+
+def _required_memory(message):
+    """Bytes out of what the TPU's compiler says of a program that is too large; `None` for other errors."""
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
+    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else None
 
 
 def _memory(compiled, state, batch):

@@ -7,6 +7,7 @@ import pytest
 
 from keras_gemma import cli
 from keras_gemma.planning import plan
+from keras_gemma.planning.plan import _required_memory
 from keras_gemma.training import training_flops_per_token
 
 SETTINGS = {"sequence_length": 64, "batch_size": 2, "dtype": "float32"}
@@ -93,3 +94,15 @@ def test_what_does_not_fit(monkeypatch, capsys, made):
     captured = capsys.readouterr()
     assert "17.0 GiB a chip, 1.0 GiB more than there are" in captured.out
     assert "recompute" in captured.out and "does not fit" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("total memory required for HLO temporaries (74.50G) exceeds available HBM (15.75G).", 74.5),
+        ("total memory required for HLO temporaries (512.0M) exceeds available HBM (256M).", 0.5),
+    ],
+)
+def test_what_the_compiler_says_of_too_large_a_program(message, gib):
+    assert _required_memory(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the {message}") == gib * 2**30
+    assert _required_memory("INVALID_ARGUMENT: another error") is None
