@@ -41,8 +41,8 @@ def run_layers(layers, x, *arguments, recompute="none", scan="auto"):
     """Runs layers in training mode.
 
     A scan compiles one layer whatever their number; in exchange it copies the weights into one tensor a kind, in the
-    dtype of the computation. On a CPU that copy costs more than it saves, so there `"auto"` scans for the sake of
-    recomputation only, which XLA for CPUs undoes in layers that are not in a loop.
+    dtype of the computation. On a CPU that copy takes memory and saves next to no time, so there `"auto"` scans for the
+    sake of recomputation only, which XLA for CPUs undoes in layers that are not in a loop.
 
     Args:
         layers: list of built Keras layers with the call arguments `(x, *arguments, training)`.
