@@ -138,15 +138,17 @@ def _add_plan(commands):
     parser = _add_command(
         commands,
         plan,
-        help="compile a training step for TPUs that need not be there",
-        description="Compiles the step that `fit` runs on a configuration, with the TPU's own compiler and no TPU, and "
-        "says whether it fits, what it computes and sends, and how fast it can be at best. Takes minutes.",
+        help="compile training or generation for TPUs that need not be there",
+        description="Compiles the step that `fit` runs on a configuration, or prefill and decoding of `generate`, with "
+        "the TPU's own compiler and no TPU, and says whether it fits, what it computes and sends, and how fast it can "
+        "be at best. Takes minutes.",
         epilog="""\
 examples:
   keras-gemma plan --preset gemma_2b_en --config gemma_2b_v5e_16
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096 --sequence-length 8192 --batch-size 4096 --json
+  keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_8_serving --batch-size 16
 
-The exit status is 1 where the step does not fit. Needs libtpu: pip install 'keras_gemma[plan]'""",
+The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gemma[plan]'""",
     )
     parser.add_argument("--preset", default="gemma_2b_en", help="name or folder (default: %(default)s)")
     parser.add_argument(
@@ -169,7 +171,13 @@ The exit status is 1 where the step does not fit. Needs libtpu: pip install 'ker
         default="block",
         help="what is not kept (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument(
+        "--phase",
+        choices=("train", "prefill", "decode"),
+        help="a step of training, the prefill of a batch of prompts, or a token more for each row when the cache is "
+        "full (default: train; prefill, then decode, for a configuration for serving)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each phase")
     parser.add_argument("--plot", metavar="FILE", help="draw memory and times, as plan.png")
 
 
@@ -367,14 +375,18 @@ def plan(args):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["KERAS_BACKEND"] = "jax"
     startup.leave_out_tensorflow()
+    from keras_gemma.planning import phases_of
     from keras_gemma.planning import plan
 
-    made = plan(args.preset, args.config, args.sequence_length, args.batch_size, args.recompute)
-    print(made.to_json() if args.json else made)
+    plans = []
+    for phase in [args.phase] if args.phase else phases_of(args.config):
+        plans.append(plan(args.preset, args.config, args.sequence_length, args.batch_size, args.recompute, phase))
+        print(plans[-1].to_json() if args.json else plans[-1], flush=True)
     if args.plot:
-        made.plot(args.plot)
-    if not made.fits:
-        raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}")
+        plans[-1].plot(args.plot)
+    for made in plans:
+        if not made.fits:
+            raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}, {made.phase}")
 
 
 # === Loading ===

@@ -50,6 +50,7 @@ Example:
 """
 
 from keras_gemma.distribution.configurations import CONFIGURATIONS
+from keras_gemma.distribution.configurations import SERVING
 from keras_gemma.distribution.configurations import Configuration
 from keras_gemma.distribution.filled_up import filled_up
 from keras_gemma.distribution.filled_up import own_rows
@@ -72,6 +73,7 @@ def __getattr__(name):
 
 __all__ = [
     "CONFIGURATIONS",
+    "SERVING",
     "Configuration",
     "Plan",
     "PodParallel",

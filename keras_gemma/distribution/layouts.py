@@ -16,6 +16,8 @@ MODEL, DATA = "model", "data"
 CUT_ALONG = {"V": MODEL, "N": MODEL, "K": MODEL, "F": MODEL, "D": DATA, "H": None, "R": None, "1": None}
 # Heads that the model axis does not divide, such as the one key-value head of 2B, stay whole.
 HEADS = "NK"
+# Numbers that a TPU's vector unit takes side by side. Parts of a width that are narrower are filled up to it.
+LANES = 128
 
 AXES = {
     ".*token_embedding/embeddings": "VD",

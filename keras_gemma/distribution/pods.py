@@ -64,17 +64,27 @@ class PodParallel(keras.distribution.ModelParallel):
                     f"Received: {path!r} with the shape {shape}, which none of {', '.join(layouts.AXES)} matches"
                 )
             return layout
-        layout = self._with_whole_heads(layout, path, shape)
+        letters = layouts.letters_of(self._layout_map, path) or "-" * len(shape)
+        layout = self._with_whole_heads(layout, letters, shape)
+        layout = self._without_slivers(layout, letters, shape)
         layouts.refuse_indivisible(layout, path, shape)
         return layout
 
-    def _with_whole_heads(self, layout, path, shape):
-        letters = layouts.letters_of(self._layout_map, path) or ""
+    def _with_whole_heads(self, layout, letters, shape):
         axes = tuple(
             None if letter in layouts.HEADS and size % layouts.size_of(self.device_mesh, axis) else axis
-            for axis, letter, size in zip(layout.axes, letters or "-" * len(shape), shape)
+            for axis, letter, size in zip(layout.axes, letters, shape)
         )
         return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+    def _without_slivers(self, layout, letters, shape):
+        """Cuts the vocabulary where parts of the embeddings' width would be narrower than a chip's vectors."""
+        if letters != "VD" or layouts.size_of(self.device_mesh, layout.axes[0]) > 1:
+            return layout
+        parts = layouts.size_of(self.device_mesh, layout.axes[1])
+        if shape[1] >= parts * layouts.LANES or shape[0] % parts:
+            return layout
+        return keras.distribution.TensorLayout((layout.axes[1], None), self.device_mesh)
 
 
 class RowsLayout(keras.distribution.TensorLayout):

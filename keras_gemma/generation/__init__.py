@@ -15,18 +15,36 @@ The position of a token is its column minus the `first_column` of its row. Colum
 
 from keras_gemma.generation.cache import check_cache
 from keras_gemma.generation.cache import empty_cache
+from keras_gemma.generation.decode import make_decode
+from keras_gemma.generation.engine import SMALLEST_STOP_LIST
 from keras_gemma.generation.engine import Engine
 from keras_gemma.generation.engine import Request
+from keras_gemma.generation.engine import batch_bucket
+from keras_gemma.generation.engine import capacity_bucket
+from keras_gemma.generation.engine import prompt_bucket
+from keras_gemma.generation.network import LayerNetwork
+from keras_gemma.generation.prefill import make_block
+from keras_gemma.generation.prefill import make_embed
+from keras_gemma.generation.prefill import make_last_block
 from keras_gemma.generation.sampling import Sampling
 from keras_gemma.generation.sampling import has_own_loop
 from keras_gemma.generation.sampling import resolve_sampler
 
 __all__ = [
+    "SMALLEST_STOP_LIST",
     "Engine",
+    "LayerNetwork",
     "Request",
     "Sampling",
+    "batch_bucket",
+    "capacity_bucket",
     "check_cache",
     "empty_cache",
     "has_own_loop",
+    "make_block",
+    "make_decode",
+    "make_embed",
+    "make_last_block",
+    "prompt_bucket",
     "resolve_sampler",
 ]

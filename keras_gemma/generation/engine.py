@@ -204,7 +204,7 @@ class Engine:
         return program(network.weights(), token_ids, cache, column)
 
     def _grow(self, decoding):
-        capacity = bucket(min(decoding.longest, 2 * decoding.capacity), SMALLEST_CAPACITY)
+        capacity = capacity_bucket(min(decoding.longest, 2 * decoding.capacity))
         program = self._program(("grow", capacity), lambda: lambda columns: with_capacity(columns, capacity))
         layers = list(decoding.cache.pop("layers"))
         for index, (key, value) in enumerate(layers):
@@ -243,7 +243,7 @@ class Engine:
         total = length + max(request.new_tokens)
         room = [(0, 0), (0, total - length)]
         cache, hidden_states = self._prefill(
-            network, weights, token_ids, first_column, bucket(total, SMALLEST_CAPACITY), with_hidden=True
+            network, weights, token_ids, first_column, capacity_bucket(total), with_hidden=True
         )
         stop_token_ids = tuple(request.stop_token_ids) or None
         sampler_key, sampler = sampling.key_and_twin(request.sampler)
@@ -278,8 +278,8 @@ def _right_aligned(prompts):
 
     Rows that only fill the batch up are copies of the first.
     """
-    batch = _batch_bucket(len(prompts))
-    length = bucket(max(map(len, prompts)), SMALLEST_PROMPT)
+    batch = batch_bucket(len(prompts))
+    length = prompt_bucket(max(map(len, prompts)))
     prompts = [*prompts, *[prompts[0]] * (batch - len(prompts))]
     token_ids = np.zeros((batch, length), "int32")
     for row, prompt in zip(token_ids, prompts):
@@ -287,14 +287,24 @@ def _right_aligned(prompts):
     return token_ids, np.array([length - len(prompt) for prompt in prompts], "int32")
 
 
-def _batch_bucket(size):
+def batch_bucket(size):
     """The batch size compiled for: a bucket, and a multiple of the devices that share the batch."""
     devices = kernels.shards_of_batch()
     return devices * bucket(-(-size // devices))
 
 
+def prompt_bucket(length):
+    """The number of columns that prompts are compiled for."""
+    return bucket(length, SMALLEST_PROMPT)
+
+
+def capacity_bucket(columns):
+    """The number of columns that a cache is compiled for."""
+    return bucket(columns, SMALLEST_CAPACITY)
+
+
 def _first_capacity(prompt_length, longest):
-    return bucket(min(longest, max(SMALLEST_CAPACITY, 2 * prompt_length)), SMALLEST_CAPACITY)
+    return capacity_bucket(min(longest, max(SMALLEST_CAPACITY, 2 * prompt_length)))
 
 
 def _stop_list(stop_token_ids):

@@ -105,7 +105,7 @@ class LayerEnds:
     def embed(self, token_ids):
         with _given_values(self.backbone.token_embedding, self.embedding_values):
             embedding = self.backbone.token_embedding
-            x = kernels.look_up(embedding, token_ids, path="token_embedding/embeddings")
+            x = kernels.look_up(embedding, token_ids)
             return self.backbone.embedding_scale(x)
 
     def hidden(self, x):

@@ -30,7 +30,7 @@ def make_block(network, index, capacity):
         block = network.block(index, weights)
         query, key, value = block.queries_keys_values(x, _rotation(network, x, first_column))
         x = kernels.rows_apart(block.finish(x, kernels.prompt_attention(query, key, value, first_column)))
-        return x, with_capacity(heads_first(key), capacity), with_capacity(heads_first(value), capacity)
+        return x, *_columns_of_cache(capacity, key, value)
 
     return run_block
 
@@ -40,7 +40,7 @@ def make_last_block(network, index, capacity):
 
     def run_block(weights, x, first_column):
         key, value = network.block(index, weights).keys_values(x, _rotation(network, x, first_column))
-        return with_capacity(heads_first(key), capacity), with_capacity(heads_first(value), capacity)
+        return tuple(_columns_of_cache(capacity, key, value))
 
     return run_block
 
@@ -57,6 +57,10 @@ def make_hidden(network):
         return ops.take_along_axis(network.ends(weights).hidden(x), real[:, :, None], axis=1)
 
     return hidden
+
+
+def _columns_of_cache(capacity, *heads):
+    return [kernels.cache_apart(with_capacity(heads_first(x), capacity)) for x in heads]
 
 
 def _rotation(network, x, first_column):

@@ -24,8 +24,10 @@ from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
+from keras_gemma.kernels.sharding import cache_apart
 from keras_gemma.kernels.sharding import look_up
 from keras_gemma.kernels.sharding import rows_apart
+from keras_gemma.kernels.sharding import sharding_of_cache
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
 from keras_gemma.kernels.vocabulary import vocabulary_loss
@@ -33,6 +35,7 @@ from keras_gemma.kernels.vocabulary import vocabulary_loss
 __all__ = [
     "RECOMPUTE_POLICIES",
     "TokenSums",
+    "cache_apart",
     "cached_attention",
     "causal_attention",
     "einsum_float32",
@@ -50,6 +53,7 @@ __all__ = [
     "rotate",
     "rows_apart",
     "run_layers",
+    "sharding_of_cache",
     "shards_of_batch",
     "vocabulary_loss",
     "with_flags_bound",

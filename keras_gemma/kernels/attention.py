@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.platform import jax_platform
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.products import einsum_float32
@@ -111,6 +112,9 @@ def prompt_attention(query, key, value, first_column):
         A tensor `[B, T, N, H]` in the dtype of `value`; finite but meaningless before `first_column`.
     """
     length = ops.shape(query)[1]
+    if on_jax() and jax_platform() == "tpu":
+        real = ops.arange(length, dtype="int32")[None, :] >= first_column[:, None]
+        return causal_attention(query, key, value, ops.cast(real, "int32"))
     blockwise = on_jax_cpu() and length > QUERIES_IN_CACHE
     attend = _segment_in_cache_blocks if blockwise else _segment
     step = SEGMENT if blockwise else SEGMENT_ON_ACCELERATOR

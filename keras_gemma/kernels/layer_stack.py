@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
+from keras_gemma.kernels.sharding import gathered
 from keras_gemma.kernels.sharding import rows_apart
 
 # What the backward pass finds: everything; the input of each layer; that and the results of products with weights.
@@ -111,6 +112,7 @@ def _stateless(layer, recompute, in_scan=False):
     states = _states_of(layer)
 
     def run(values, x, arguments):
+        values = [gathered(value, variable) for value, variable in zip(values, variables)]
         with keras.StatelessScope(zip(variables, values)) as scope:
             x = rows_apart(layer(x, *arguments, training=True))
         return x, [scope.get_current_value(state) for state in states]

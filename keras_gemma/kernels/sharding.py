@@ -1,6 +1,9 @@
 """Keeping rows, and heads, on the devices that hold them."""
 
+import functools
+
 import keras
+from keras import ops
 
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import shards_of_batch
@@ -25,39 +28,129 @@ def rows_apart(x):
     return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
 
 
-def look_up(embed, token_ids, path):
-    """`embed(token_ids)`, where the width of the embeddings may be cut along an axis that cuts the rows as well.
+def gathered(value, variable):
+    """The value of a weight, whole along the axes of the mesh that cut the batch as well; its gradient is cut again.
 
-    Then the devices along that axis look up the rows of all of them, each in its own part of the width, and exchange
-    what they found: every one sends no more than it keeps. XLA by itself gathers all rows of all pods everywhere.
+    Left to itself, XLA multiplies with one part of the weight after the other while the next is on its way, and keeps
+    the sums in between in memory: for a TPU several times the traffic of the product itself, and more to compile.
 
     Args:
-        embed: callable from int `[B, T]` to `[B, T, D]`.
+        value: tensor, of the variable in the dtype of the computation.
+        variable: the `keras.Variable`.
+
+    Returns:
+        A tensor of the same shape; `value` itself where nothing cuts it along such an axis.
+    """
+    parts, whole = shardings_of_weight(variable)
+    return value if parts is None else _gather(parts, whole)(value)
+
+
+def shardings_of_weight(variable):
+    """How a weight lies on the devices, and how it does when it is `gathered`.
+
+    Args:
+        variable: a `keras.Variable`, or a tensor that none stands for.
+
+    Returns:
+        Two `jax.sharding.NamedSharding`s; twice `None` where there is nothing to gather.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or not on_jax() or not isinstance(variable, keras.Variable):
+        return None, None
+    layout = distribution.get_variable_layout(variable)
+    if layout is None:
+        return None, None
+    rows = _names(distribution.get_data_layout((1,)).axes[0])
+    whole = tuple(None if axis in rows else axis for axis in layout.axes)
+    return (None, None) if whole == tuple(layout.axes) else (_sharding(*layout.axes), _sharding(*whole))
+
+
+@functools.cache
+def _gather(parts, whole):
+    from jax import custom_vjp
+    from jax.lax import with_sharding_constraint
+
+    gather = custom_vjp(lambda x: with_sharding_constraint(x, whole))
+    # Otherwise the gradient would be summed up whole on every device first.
+    gather.defvjp(
+        lambda x: (with_sharding_constraint(x, whole), None),
+        lambda _, gradient: (with_sharding_constraint(gradient, parts),),
+    )
+    return gather
+
+
+def look_up(embedding, token_ids):
+    """`embedding(token_ids)`, where the embeddings may be cut along an axis that cuts the rows as well.
+
+    Where that is their width, the devices along the axis look up the rows of all of them, each in its own part of the
+    width, and exchange what they found: every one sends no more than it keeps. XLA by itself gathers all rows of all
+    pods everywhere. Where it is the vocabulary, the embeddings are gathered.
+
+    Args:
+        embedding: a built embedding layer whose weights are `embeddings` `[V, D]`.
         token_ids: int tensor `[B, T]`.
-        path: string. The path of the embeddings `[V, D]`.
 
     Returns:
         A tensor `[B, T, D]`, laid out as by `rows_apart`.
     """
     distribution = keras.distribution.distribution()
-    layout = distribution and distribution.get_tensor_layout(path)
-    width = layout and layout.axes[-1]
-    rows = layout and _names(distribution.get_data_layout(token_ids.shape).axes[0])
-    if not on_jax() or not width or width not in rows or token_ids.shape[0] is None:
-        return rows_apart(embed(token_ids))
+    if distribution is None or not on_jax() or token_ids.shape[0] is None:
+        return embedding(token_ids)
     if token_ids.shape[0] % shards_of_batch():
-        return embed(token_ids)
-    others = tuple(name for name in rows if name != width) or None
-    x = embed(_laid_out(token_ids, others, None))
-    return rows_apart(_laid_out(x, others, None, width))
+        return embedding(token_ids)
+    layout = distribution.get_variable_layout(embedding._embeddings)
+    rows = _names(distribution.get_data_layout(token_ids.shape).axes[0])
+    vocabulary, width = layout.axes if layout else (None, None)
+    if width in rows and width is not None:
+        others = tuple(name for name in rows if name != width) or None
+        x = embedding(_laid_out(token_ids, others, None))
+        return rows_apart(_laid_out(x, others, None, width))
+    if vocabulary in rows and vocabulary is not None:
+        values = [gathered(ops.cast(v.value, embedding.compute_dtype), v) for v in embedding.variables]
+        with keras.StatelessScope(zip(embedding.variables, values)):
+            return rows_apart(embedding(token_ids))
+    return rows_apart(embedding(token_ids))
 
 
 def _laid_out(x, *axes):
+    return keras.distribution.distribute_tensor(x, _sharding(*axes))
+
+
+def _sharding(*axes):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec
 
-    mesh = keras.distribution.distribution().device_mesh.backend_mesh
-    return keras.distribution.distribute_tensor(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    return NamedSharding(keras.distribution.distribution().device_mesh.backend_mesh, PartitionSpec(*axes))
+
+
+def cache_apart(columns):
+    """`columns` itself, a part of a cache, its rows and heads where attention will want them.
+
+    Args:
+        columns: tensor `[B, K, S, H]`.
+
+    Returns:
+        A tensor `[B, K, S, H]`.
+    """
+    sharding = sharding_of_cache(columns.shape) if on_jax() else None
+    return columns if sharding is None else keras.distribution.distribute_tensor(columns, sharding)
+
+
+def sharding_of_cache(shape):
+    """The JAX sharding of a cache `[B, K, S, H]`: rows and heads cut as those of `on_own_rows_and_heads`.
+
+    Args:
+        shape: tuple of ints.
+
+    Returns:
+        A `jax.sharding.NamedSharding`; `None` without a `keras.distribution`.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    rows = _axis_of_rows(distribution, shape)
+    _, heads = _axes_of_heads(distribution.device_mesh.backend_mesh, rows, shape[1], shape[1])
+    return _sharding(rows, heads)
 
 
 def on_own_rows_and_heads(attend, query, key, value, segment_ids):

@@ -16,9 +16,10 @@ from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
+from keras_gemma.kernels.sharding import shardings_of_weight
 
 # Enough rows for the matrix unit to be busy, few enough for their logits to be small.
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 2048
 TOKENS_AT_ONCE_ON_CPU = 256
 # Into so many the gradient of the table is cut on a CPU, if its rows divide.
 PARTS_OF_TABLE = 16
@@ -52,7 +53,8 @@ def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
 
     Args:
         hidden: float tensor `[B, T, D]`.
-        embeddings: float tensor `[V, D]`.
+        embeddings: float tensor `[V, D]`, or the `keras.Variable`, whose parts `keras.distribution` may have put on
+            several devices: they are gathered once, and each device adds the gradient of its own part up.
         targets: int tensor `[B, T]`, in `[0, V)`.
         weights: float tensor `[B, T]`, 0 where a token does not count.
         z_loss: float. Coefficient of the z-loss.
@@ -70,12 +72,13 @@ def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
     (4.1589, 3.0)
     """
     weights = ops.cast(weights, "float32")
+    shardings = shardings_of_weight(embeddings)
     hidden, embeddings, targets = (ops.convert_to_tensor(x) for x in (hidden, embeddings, targets))
     length = hidden.shape[1]
     width = length and _columns_at_once(hidden.shape[0], length)
     if on_jax():
         chunked = _chunks(hidden, targets, weights, width)
-        objective, (cross_entropy, correct) = _jax_sums()(*chunked[:1], embeddings, *chunked[1:], z_loss)
+        objective, (cross_entropy, correct) = _jax_sums(*shardings)(*chunked[:1], embeddings, *chunked[1:], z_loss)
     else:
         objective, cross_entropy, correct = _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width)
     return TokenSums(objective, cross_entropy, correct, ops.sum(weights))
@@ -130,15 +133,21 @@ def _is_target(logits, targets):
 
 
 @functools.cache
-def _jax_sums():
-    """Function of chunks `[C, B, t, …]` to the objective, with gradients, and the other two sums, without."""
+def _jax_sums(parts, whole):
+    """Function of chunks `[C, B, t, …]` to the objective, with gradients, and the other two sums, without.
+
+    `parts` and `whole` are the shardings of the embeddings as they lie and as they are used, or `None`.
+    """
     import jax
     import jax.numpy as jnp
     from jax import lax
 
+    def laid_out(x, sharding):
+        return x if sharding is None else lax.with_sharding_constraint(x, sharding)
+
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
     def sums(hidden, embeddings, targets, weights, z_loss):
-        table = embeddings.astype(hidden.dtype)
+        table = laid_out(embeddings.astype(hidden.dtype), whole)
 
         def add_chunk(totals, chunk):
             hidden, targets, weights = chunk
@@ -151,16 +160,17 @@ def _jax_sums():
     def forward(hidden, embeddings, targets, weights, z_loss):
         into_table = embeddings.perturbed
         hidden, embeddings, targets, weights = (x.value for x in (hidden, embeddings, targets, weights))
-        table = embeddings.astype(hidden.dtype)
+        table = laid_out(embeddings.astype(hidden.dtype), whole)
         gradients_of = _gradients_in_cache if _exact_in_float32(hidden) else _gradients_of_errors
 
         def add_chunk(carry, chunk):
             totals, of_table = carry
             new, of_hidden, add_to = gradients_of(table, *chunk, z_loss)
-            of_table = add_to(of_table) if into_table else None
+            of_table = laid_out(add_to(of_table), parts) if into_table else None
             return ([total + one for total, one in zip(totals, new)], of_table), of_hidden.astype(hidden.dtype)
 
-        start = [jnp.float32(0)] * 3, jnp.zeros(table.shape, "float32") if into_table else None
+        zeros = laid_out(jnp.zeros(table.shape, "float32"), parts) if into_table else None
+        start = [jnp.float32(0)] * 3, zeros
         ((objective, *others), of_table), of_hidden = lax.scan(add_chunk, start, (hidden, targets, weights))
         # The dtype that the gradient must have; it was accumulated in float32.
         of_table = of_table.astype(embeddings.dtype) if into_table else None

@@ -209,7 +209,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None, positions=None, training=None):
         sine, cosine = self.rotary_embedding(token_ids, positions=positions)
         segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
-        x = kernels.look_up(self.token_embedding, token_ids, path="token_embedding/embeddings")
+        x = kernels.look_up(self.token_embedding, token_ids)
         x = self.embedding_scale(x)
         if training:
             settings = {"recompute": self.recompute, "scan": self.scan_layers}

@@ -1,10 +1,13 @@
 """Compiling ahead for chips that are not there: does a configuration fit, and what will it do?
 
-preset + configuration + batch → model without memory → compiled program → plan
+preset + configuration + batch → model without memory → programs of a phase → compiled → measures → plan
 
 topology   devices of a TPU that nobody rents yet, and what its chips can do
-abstract   a model, its optimizer and a batch as shapes with layouts
+abstract   a model, its optimizer, a batch and a cache as shapes with layouts
+phases     the programs that training, prefill and decoding run
 program    what a compiled program does, counted in its text
+measures   the same for all programs of a phase
+report     a plan in words
 picture    memory and times as bars
 plan       all of them put together; `plan(...)` is the one that people call
 
@@ -13,6 +16,7 @@ plan       all of them put together; `plan(...)` is the one that people call
 """
 
 from keras_gemma.planning.plan import Plan
+from keras_gemma.planning.plan import phases_of
 from keras_gemma.planning.plan import plan
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "phases_of", "plan"]

@@ -2,16 +2,18 @@
 
 import keras
 
+from keras_gemma import kernels
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 
 
-def model_without_memory(preset, optimizer, **backbone_arguments):
-    """A compiled `GemmaCausalLM` whose variables have shapes and paths and no values.
+def model_without_memory(preset, optimizer=None, **backbone_arguments):
+    """A `GemmaCausalLM` whose variables have shapes and paths and no values.
 
     Args:
         preset: string, as of `from_preset`.
-        optimizer: callable without arguments to a `keras.optimizers.Optimizer`.
+        optimizer: callable without arguments to a `keras.optimizers.Optimizer`. `None` for a model that is not
+            compiled to train.
         **backbone_arguments: `dtype`, `recompute` and others of `GemmaBackbone`.
 
     Returns:
@@ -24,8 +26,9 @@ def model_without_memory(preset, optimizer, **backbone_arguments):
     def build():
         backbone = GemmaBackbone.from_preset(preset, load_weights=False, **backbone_arguments)
         model = GemmaCausalLM(backbone)
-        model.compile(optimizer=optimizer())
-        model.optimizer.build(model.trainable_variables)
+        if optimizer is not None:
+            model.compile(optimizer=optimizer())
+            model.optimizer.build(model.trainable_variables)
         made.append(model)
         return 0
 
@@ -52,9 +55,42 @@ def state_of(model):
 def batch_of(rows, length):
     """A batch of token ids, targets and weights, as `jax.ShapeDtypeStruct`s `[rows, length]`."""
     token_ids, mask, targets, weights = (
-        _rows_of(rows, length, dtype) for dtype in ("int32", "int32", "int32", "float32")
+        of_batch((rows, length), dtype) for dtype in ("int32", "int32", "int32", "float32")
     )
     return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
+
+
+def weights_of(network):
+    """What `LayerNetwork.weights` gives, as `jax.ShapeDtypeStruct`s."""
+
+    def of_layers(layers):
+        return [[_shape_of(variable) for variable in layer.variables] for layer in layers]
+
+    return {"blocks": of_layers(network.layers), "ends": of_layers(network.ends_layers)}
+
+
+def cache_of(backbone, rows, columns):
+    """A cache as of `keras_gemma.generation.cache`, as `jax.ShapeDtypeStruct`s."""
+    shape = (rows, backbone.num_key_value_heads, columns, backbone.head_dim)
+    columns = of_batch(shape, backbone.compute_dtype, kernels.sharding_of_cache(shape))
+    layers = tuple((columns, columns) for _ in backbone.transformer_layers)
+    return {"layers": layers, "first_column": of_batch((rows,))}
+
+
+def of_batch(shape, dtype="int32", sharding=None):
+    """A tensor with the batch first, laid out as `keras.distribution` lays out data, unless said otherwise."""
+    import jax
+
+    layout = keras.distribution.distribution().get_data_layout(shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or layout.backend_layout)
+
+
+def everywhere(shape, dtype="int32"):
+    """A tensor that every device has."""
+    import jax
+
+    layout = keras.distribution.TensorLayout((None,) * len(shape), keras.distribution.distribution().device_mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)
 
 
 def shardings_of(shapes):
@@ -80,10 +116,3 @@ def _shape_of(variable):
 
     layout = keras.distribution.distribution().get_variable_layout(variable)
     return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=layout.backend_layout)
-
-
-def _rows_of(rows, length, dtype):
-    import jax
-
-    layout = keras.distribution.distribution().get_data_layout((rows, length))
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout.backend_layout)

@@ -4,6 +4,7 @@ import io
 import os
 from pathlib import Path
 
+from keras_gemma.planning.report import WHAT_IS_DONE
 from keras_gemma.planning.topology import GIB
 
 
@@ -16,8 +17,7 @@ def draw(plan, path):
     FigureCanvasAgg(figure)
     memory, times = figure.subplots(2, 1)
     figure.suptitle(
-        f"{plan.preset} on {plan.configuration}, batch {plan.batch_size} × {plan.sequence_length}, "
-        f"recompute {plan.recompute}"
+        f"{plan.preset} on {plan.configuration}, batch {plan.batch_size} × {plan.sequence_length}, {plan.phase}"
     )
     _draw_memory(memory, plan)
     _draw_times(times, plan)
@@ -46,7 +46,7 @@ def _draw_times(axes, plan):
     bars = axes.barh(names, list(plan.seconds.values()))
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a step, each at full speed")
+    axes.set_xlabel(f"seconds for {WHAT_IS_DONE[plan.phase]}, each at full speed")
 
 
 def _write(figure, path):

@@ -16,9 +16,31 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])(?P<opcode>[a-z][\w\-]*)\(")
-_SHAPE = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<sizes>[\d,]*)\]")
+_SHAPE = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<sizes>[\d,]*)\](?P<layout>\{[^{}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_CALLERS = ("while", "fusion", "call", "conditional", "async-start")
+# They name tensors, or wait for them, and move none; what they call is looked at by itself.
+_IDLE = ("", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
+_IDLE += ("while", "call", "conditional", "async-start")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Shape(NamedTuple):
+    """A tensor that an instruction makes.
+
+    Attributes:
+        dtype: string.
+        sizes: tuple of ints.
+        on_chip: bool. Whether it lies in the fast memory next to the units that compute.
+    """
+
+    dtype: str
+    sizes: tuple
+    on_chip: bool = False
+
+    @property
+    def bytes(self):
+        return BYTES.get(self.dtype, 1) * math.prod(self.sizes)
 
 
 class Instruction(NamedTuple):
@@ -27,7 +49,7 @@ class Instruction(NamedTuple):
     Attributes:
         name: string.
         opcode: string.
-        shapes: list of pairs, dtype and tuple of sizes, of what it makes.
+        shapes: list of `Shape`, of what it makes.
         operands: list of names.
         text: string, all that stands behind the name.
     """
@@ -81,31 +103,54 @@ class Program:
     Args:
         text: string, as of `jax.stages.Compiled.as_text`.
         kernel_flops: callable `(Instruction, shapes of its operands) → float` for kernels that are no HLO.
+        turn_of_loop: bool. Whether to look at a single turn of the program's only outer loop, and at nothing before it
+            or behind it.
+
+    Attributes:
+        flops: dict of floats by where in the model they come from.
+        moved: float. Bytes that its instructions read from memory and write to it, of slices their own.
+        kernels: dict, how often each kernel runs.
+        collectives: list of `Collective`.
     """
 
-    def __init__(self, text, kernel_flops=lambda instruction, operands: 0.0):
+    def __init__(self, text, kernel_flops=lambda instruction, operands: 0.0, turn_of_loop=False):
         self._computations, entry = _parsed(text)
         self._kernel_flops = kernel_flops
         self.flops = defaultdict(float)
+        self.moved = 0.0
         self.kernels = defaultdict(int)
         self.collectives = []
-        self._walk(entry, turns=1)
+        for computation in self._calls_of_loop(entry) if turn_of_loop else [entry]:
+            self._walk(computation, turns=1)
 
-    def _walk(self, computation, turns):
+    def _calls_of_loop(self, entry):
+        (loop,) = (one for one in self._computations[entry].values() if one.opcode == "while")
+        return _CALLED.findall(loop.text)
+
+    def _walk(self, computation, turns, fused=False):
         instructions = self._computations[computation]
         for instruction in instructions.values():
             self._count(instruction, instructions, turns)
-            inner = turns * _trips(instruction, self._computations) if instruction.opcode == "while" else turns
-            if instruction.opcode in ("while", "fusion", "call", "conditional", "async-start"):
+            if not fused:
+                self.moved += turns * _moved(instruction, instructions, self._computations)
+            inner = (
+                turns * _trips(instruction, instructions, self._computations)
+                if instruction.opcode == "while"
+                else turns
+            )
+            if instruction.opcode in _CALLERS:
                 for called in _CALLED.findall(instruction.text):
-                    self._walk(called, inner)
+                    self._walk(called, inner, fused or instruction.opcode == "fusion")
 
     def _count(self, instruction, around, turns):
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode in ("dot", "convolution"):
-            operands = [around[name].shapes[0][1] for name in instruction.operands]
+            operands = [around[name].shapes[0].sizes for name in instruction.operands]
             flops = (_dot_flops if instruction.opcode == "dot" else _convolution_flops)(instruction, *operands)
             self.flops[instruction.op_name] += turns * flops
+        elif instruction.opcode == "reduce" and instruction.op_name.endswith("dot_general"):
+            # A product with a single row is written as its multiplications and their sum.
+            self.flops[instruction.op_name] += turns * 2.0 * math.prod(around[instruction.operands[0]].shapes[0].sizes)
         elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.text:
             operands = [around[name].shapes[0] for name in instruction.operands if around[name].shapes]
             self.kernels[instruction.name.split(".")[0]] += turns
@@ -151,7 +196,8 @@ def _instruction(name, rest):
 
 
 def _shape(found):
-    return found["dtype"], tuple(int(size) for size in found["sizes"].split(",") if size)
+    sizes = tuple(int(size) for size in found["sizes"].split(",") if size)
+    return Shape(found["dtype"], sizes, "S(1)" in (found["layout"] or ""))
 
 
 def _closing(text, start):
@@ -163,8 +209,8 @@ def _closing(text, start):
     return len(text)
 
 
-def _trips(loop, computations):
-    """How often a loop turns: said by XLA, or from the limit and the step of its counter, which begins at 0."""
+def _trips(loop, around, computations):
+    """How often a loop turns: said by XLA, or from the limit, the step and the beginning of its counter."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known.group(1))
@@ -176,7 +222,19 @@ def _trips(loop, computations):
     if len(limits) != 1 or len(counters) != 1:
         # Bounds that are not in the program, as of the tokens of a generation: counted once.
         return 1
-    return -(-limits[0] // _step(body, int(counters[0].group(1))))
+    index = int(counters[0].group(1))
+    return -(-(limits[0] - _beginning(loop, index, around)) // _step(body, index))
+
+
+def _beginning(loop, index, around):
+    """The value with which place `index` of a loop's state enters it; 0 where the program does not say."""
+    state = around.get(loop.operands[0])
+    if state is None or state.opcode != "tuple":
+        return 0
+    value = around[state.operands[index]]
+    while value.opcode == "copy":
+        value = around[value.operands[0]]
+    return _constant(value) or 0
 
 
 def _constant(instruction):
@@ -195,19 +253,74 @@ def _step(body, index):
     return step or 1
 
 
+# === Memory ===
+
+
+def _moved(instruction, around, computations):
+    """Bytes that an instruction reads from a chip's memory and writes to it."""
+    if instruction.opcode in _IDLE or instruction.opcode.endswith("-done"):
+        return 0.0
+    if instruction.opcode == "slice-start":
+        # What it makes is named after what it reads.
+        return float(instruction.shapes[1].bytes + _in_memory(instruction.shapes[1:2]))
+    read = [_in_memory(around[name].shapes) for name in instruction.operands if name in around]
+    written = _in_memory(instruction.shapes[:1] if instruction.opcode.endswith("-start") else instruction.shapes)
+    if instruction.opcode in ("dynamic-slice", "gather"):
+        return 2.0 * written
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * read[1]
+    if instruction.opcode == "fusion":
+        return _moved_by_fusion(instruction, read, written, computations)
+    return float(sum(read) + written)
+
+
+def _moved_by_fusion(instruction, read, written, computations):
+    inside = computations[_CALLED.search(instruction.text).group(1)]
+    users = defaultdict(list)
+    for one in inside.values():
+        for place, name in enumerate(one.operands):
+            users[name].append((place, one))
+    for one in inside.values():
+        if one.opcode == "parameter":
+            number = int(re.search(r"parameter\((\d+)\)", one.text).group(1))
+            read[number] = min(read[number], sum(_used(place, user, inside) for place, user in users[one.name]))
+    for root in _roots(inside):
+        if root.opcode == "dynamic-update-slice":
+            written -= _in_memory(root.shapes) - _in_memory(inside[root.operands[1]].shapes)
+    return float(sum(read) + max(0, written))
+
+
+def _used(place, user, inside):
+    """Bytes of its operand in a `place` that an instruction within a fusion needs."""
+    if user.opcode in ("dynamic-slice", "gather") and place == 0:
+        return _in_memory(user.shapes)
+    if user.opcode == "dynamic-update-slice" and place == 0:
+        return 0
+    return sum(shape.bytes for shape in inside[user.operands[place]].shapes)
+
+
+def _roots(inside):
+    last = list(inside.values())[-1]
+    return [inside[name] for name in last.operands] if last.opcode == "tuple" else [last]
+
+
+def _in_memory(shapes):
+    return sum(shape.bytes for shape in shapes if not shape.on_chip)
+
+
 # === Products ===
 
 
 def _dot_flops(instruction, left, right):
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
     axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
-    return 2.0 * math.prod(instruction.shapes[0][1]) * math.prod(left[axis] for axis in axes)
+    return 2.0 * math.prod(instruction.shapes[0].sizes) * math.prod(left[axis] for axis in axes)
 
 
 def _convolution_flops(instruction, left, right):
     """The TPU's compiler writes products as convolutions, those of batches with windows that reach over the edge."""
     of_left, of_right, of_result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text).groups()
-    made = instruction.shapes[0][1]
+    made = instruction.shapes[0].sizes
     window = _window(instruction.text, sum(label.isdigit() for label in of_left))
     flops = 2.0 * made[of_result.index("b")] * made[of_result.index("f")] * right[of_right.index("i")]
     for axis, (stride, low, dilation, kernel_dilation) in enumerate(window):
@@ -241,7 +354,7 @@ def _pairs(size, kernel, made, stride, low, dilation, kernel_dilation):
 def _collective(kind, instruction, around, turns):
     groups = _groups(instruction.text)
     devices = groups.shape[-1]
-    given = sum(_bytes(shape) for name in instruction.operands for shape in around[name].shapes)
+    given = sum(shape.bytes for name in instruction.operands for shape in around[name].shapes)
     sent = {
         # A device passes on all parts but one of the whole, each to its neighbour.
         "all-gather": given * (devices - 1),
@@ -257,26 +370,21 @@ def _transfer(kind, instruction, around, turns):
     """A part of a collective that is sent through the hosts to other pods."""
     named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
     kind = named.group(1).lower().replace("_", "-") if named else kind
-    sent = sum(_bytes(shape) for shape in around[instruction.operands[0]].shapes)
+    sent = sum(shape.bytes for shape in around[instruction.operands[0]].shapes)
     return Collective(kind, None, float(sent), turns, instruction.op_name)
-
-
-def _bytes(shape):
-    dtype, sizes = shape
-    return BYTES.get(dtype, 1) * math.prod(sizes)
 
 
 def _groups(text):
     """Groups of a collective in each of the forms in which XLA writes them."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
         return _listed(pairs.group(1))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", text):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? *\{([^}]*)\}", text):
         return _of_mesh(*mesh.groups())
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _of_iota(*iota.groups())
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return _listed(listed.group(1))
-    return np.zeros((1, 1), int)
+    raise ValueError(f"Unknown way of writing who takes part in a collective. Received: {text[:400]}")
 
 
 def _listed(text):
@@ -290,14 +398,22 @@ def _of_iota(sizes, reshaped, order):
     return places.reshape(_numbers(sizes))
 
 
-def _of_mesh(axes, reduced):
-    # mesh['axis_0'=16,'axis_1'=16]<=[...] {'axis_1'}: one group for each place along the other axes.
+def _of_mesh(axes, order, reduced):
+    # mesh['axis_0'=16,'axis_1'=16] {'axis_1'}: one group for each place along the other axes.
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    places = _in_order(order, math.prod(sizes.values())).reshape(tuple(sizes.values()))
     inner = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", reduced)]
     outer = [axis for axis in range(places.ndim) if axis not in inner]
     members = math.prod(places.shape[axis] for axis in inner)
     return places.transpose(*outer, *inner).reshape(-1, members)
+
+
+def _in_order(order, count):
+    """The devices of a mesh: as they are numbered, in a transposed order as `[2,4]T(1,0)`, or one by one."""
+    if order is None:
+        return np.arange(count)
+    transposed = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    return _of_iota(str(count), *transposed.groups()) if transposed else np.array(_numbers(order))
 
 
 def _numbers(text):

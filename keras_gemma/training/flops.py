@@ -58,17 +58,39 @@ def training_flops_per_token(config, sequence_length, causal=False, trainable_sh
     '1.87e+10'
     """
     seen = (sequence_length + 1) / 2 if causal else sequence_length
-    attention = 2 * 2 * seen * config["num_query_heads"] * config["head_dim"] * config["num_layers"]
-    products = 2 * _product_parameters(config)
-    return products * (2 + trainable_share) + attention * 3
+    products = 2 * (_block_parameters(config) + _output_parameters(config))
+    return products * (2 + trainable_share) + _attention_flops(config, seen) * 3
 
 
-def _product_parameters(config):
+def forward_flops_per_token(config, positions_seen, logits=True):
+    """Operations that the forward pass takes for one token. See `training_flops_per_token`.
+
+    Args:
+        config: dict, of `GemmaBackbone.get_config`.
+        positions_seen: float. Positions that the token attends to, itself included.
+        logits: bool. Whether its logits are wanted.
+
+    Returns:
+        A float.
+    """
+    parameters = _block_parameters(config) + (_output_parameters(config) if logits else 0)
+    return 2 * parameters + _attention_flops(config, positions_seen)
+
+
+def _attention_flops(config, seen):
+    return 2 * 2 * seen * config["num_query_heads"] * config["head_dim"] * config["num_layers"]
+
+
+def _output_parameters(config):
+    return config["vocabulary_size"] * config["hidden_dim"]
+
+
+def _block_parameters(config):
     heads = 2 * config["num_query_heads"] + 2 * config["num_key_value_heads"]
     attention = heads * config["head_dim"] * config["hidden_dim"]
     # `intermediate_dim` counts both branches of the GeGLU.
     feed_forward = config["intermediate_dim"] * config["hidden_dim"] * 3 // 2
-    return config["num_layers"] * (attention + feed_forward) + config["vocabulary_size"] * config["hidden_dim"]
+    return config["num_layers"] * (attention + feed_forward)
 
 
 def peak_flops(kind=None):

@@ -3,7 +3,6 @@
 Several checks share a process: starting one takes longer than most checks.
 """
 
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from keras_gemma.distribution import PodParallel
 from keras_gemma.distribution import local_model
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
+from keras_gemma.planning.program import Program
 from keras_gemma.training import AdamW
 
 # Scanned, as on accelerators.
@@ -121,15 +121,10 @@ def assert_cut_as_the_mesh_says(model, mesh):
 
 
 def assert_nothing_but_sums_crosses_pods(model, mesh):
-    text = compiled_step(model)
-    devices_of_a_pod = mesh[1] * mesh[2]
-    kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
-    collectives = re.findall(rf"= .*? ({kinds})(?:-start)?\((.*)", text)
+    pod_of = np.repeat(range(mesh[0]), mesh[1] * mesh[2])
+    collectives = Program(compiled_step(model)).collectives
     assert collectives
-    for kind, line in collectives:
-        if kind != "all-reduce":
-            for group in groups_in(line):
-                assert len({device // devices_of_a_pod for device in group}) == 1, line
+    assert not [one for one in collectives if one.kind != "all-reduce" and one.crosses(pod_of)]
 
 
 def compiled_step(model):
@@ -139,26 +134,6 @@ def compiled_step(model):
     variables = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
     state = [[variable.value for variable in of_kind] for of_kind in (*variables, model.metrics_variables)]
     return jax.jit(model.train_step).lower(state, batch).compile().as_text()
-
-
-def groups_in(line):
-    """Lists of devices that talk to each other in a collective of HLO."""
-    pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
-    listed = pairs or re.search(r"replica_groups=\{(.*?\})\}", line)
-    if listed:
-        return [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
-    if mesh:
-        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        among = [names.index(name) for name in re.findall(r"'(\w+)'", mesh[2])]
-        devices = np.arange(8).reshape([int(size) for size in sizes])
-        devices = np.moveaxis(devices, among, range(-len(among), 0))
-        return devices.reshape(-1, np.prod(devices.shape[-len(among) :])).tolist()
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    count, size, shape, order = iota.groups()
-    devices = np.arange(8).reshape([int(n) for n in shape.split(",")])
-    devices = devices.transpose([int(n) for n in order.split(",")]) if order else devices
-    return devices.reshape(int(count), int(size)).tolist()
 
 
 def batches_of_any_size_are_predicted_and_evaluated():

@@ -94,6 +94,8 @@ GROUPS = {
     "replica_groups=[2,2]<=[2,2]T(1,0)": [[0, 2], [1, 3]],
     "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}": [[0, 2], [1, 3]],
     "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}": [[0, 1], [2, 3]],
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}": [[0, 2], [1, 3]],
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=(0,3,1,2) {'axis_1'}": [[0, 3], [1, 2]],
     "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}": [[0, 1, 2, 3]],
 }
 
@@ -112,6 +114,11 @@ ENTRY %main (x: bf16[10]) -> bf16[10] {{
     assert collective.crosses([0, 0, 1, 1]) == (GROUPS[groups][0] != [0, 1])
     members = len(GROUPS[groups][0])
     assert collective.sent == pytest.approx(2 * 20 * (members - 1) / members)
+
+
+def test_groups_that_cannot_be_read_are_not_passed_over():
+    with pytest.raises(ValueError, match="who takes part"):
+        Program("ENTRY %main (x: f32[1]) -> f32[1] {\n  ROOT %sum = f32[1]{0} all-reduce(%x), replica_groups=new\n}\n")
 
 
 def test_transfers_between_pods():
