@@ -7,33 +7,37 @@ from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 
 
-def model_without_memory(preset, optimizer=None, **backbone_arguments):
+def model_without_memory(preset, optimizer=None, accumulate=1, **backbone_arguments):
     """A `GemmaCausalLM` whose variables have shapes and paths and no values.
 
     Args:
         preset: string, as of `from_preset`.
         optimizer: callable without arguments to a `keras.optimizers.Optimizer`. `None` for a model that is not
             compiled to train.
+        accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
         **backbone_arguments: `dtype`, `recompute` and others of `GemmaBackbone`.
 
     Returns:
         A `GemmaCausalLM`. It can be traced through its stateless methods, and nothing else.
     """
+
+    def build():
+        model = GemmaCausalLM(GemmaBackbone.from_preset(preset, load_weights=False, **backbone_arguments))
+        if optimizer is not None:
+            model.compile(optimizer=optimizer(), gradient_accumulation_steps=accumulate)
+            model.optimizer.build(model.trainable_variables)
+        return model
+
+    return without_memory(build)
+
+
+def without_memory(build):
+    """The model that `build()` makes, with variables that have no values."""
     import jax
 
     made = []
-
-    def build():
-        backbone = GemmaBackbone.from_preset(preset, load_weights=False, **backbone_arguments)
-        model = GemmaCausalLM(backbone)
-        if optimizer is not None:
-            model.compile(optimizer=optimizer())
-            model.optimizer.build(model.trainable_variables)
-        made.append(model)
-        return 0
-
     # Traced, initial values are symbols.
-    jax.eval_shape(build)
+    jax.eval_shape(lambda: made.append(build()))
     return made[0]
 
 

@@ -2,20 +2,16 @@
 
 import dataclasses
 import json
-import re
-import time
 
 import keras
 
 from keras_gemma import distribution as distributions
 from keras_gemma.planning import abstract
+from keras_gemma.planning import compiling
 from keras_gemma.planning import phases
 from keras_gemma.planning import picture
 from keras_gemma.planning import report
 from keras_gemma.planning import topology
-from keras_gemma.planning.measures import Measures
-
-GIB = topology.GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +23,7 @@ class Plan:
 
     Attributes:
         preset, configuration, phase, dtype, recompute: strings.
+        accumulate: int, microbatches of a step.
         devices: int.
         mesh: dict, devices along each axis.
         parts: int. Into how many parts a batch is cut.
@@ -51,6 +48,7 @@ class Plan:
     phase: str
     dtype: str
     recompute: str
+    accumulate: int
     devices: int
     mesh: dict
     parts: int
@@ -111,6 +109,7 @@ def plan(
     dtype=None,
     optimizer=keras.optimizers.Adam,
     devices=None,
+    accumulate=1,
 ):
     """Compiles what `GemmaCausalLM` runs, for devices that need not exist, and says what it does.
 
@@ -127,6 +126,7 @@ def plan(
         dtype: dtype policy. `"mixed_bfloat16"` for training and `"bfloat16"` for serving by default.
         optimizer: callable without arguments to a Keras optimizer.
         devices: optional list of `jax.Device`s in place of those of the configuration's topology.
+        accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
 
     Returns:
         A `Plan`. Its `fits` is `False` where the compiler refuses a program for lack of memory.
@@ -146,37 +146,33 @@ def plan(
         devices = _tpu_devices(configuration)
     mesh = configuration(devices=devices)
     parts = mesh.num_model_replicas
-    batch_size = parts if batch_size is None else batch_size
-    if batch_size < 1 or (training and batch_size % parts):
-        raise ValueError(f"{config!r} cuts a batch into {parts} parts. Received: batch_size={batch_size}")
+    batch_size = parts * accumulate if batch_size is None else batch_size
+    if batch_size < 1 or (training and batch_size % (parts * accumulate)):
+        raise ValueError(
+            f"{config!r} cuts a batch into {parts} parts, and each into {accumulate} microbatches. "
+            f"Received: batch_size={batch_size}"
+        )
 
     with mesh.scope():
-        model = abstract.model_without_memory(preset, optimizer if training else None, dtype=dtype, recompute=recompute)
-        work = phases.PHASES[phase](model, batch_size, sequence_length)
-        start = time.perf_counter()
-        compiled, required = _compiled(work.works, devices[0].platform)
-        seconds = time.perf_counter() - start
-    chip = topology.chip_of(configuration.topology)
-    common = dict(
+        model = abstract.model_without_memory(
+            preset, optimizer if training else None, accumulate, dtype=dtype, recompute=recompute
+        )
+        phase_of_model = phases.PHASES[phase](model, batch_size, sequence_length)
+        findings = compiling.findings(phase_of_model, mesh.device_mesh, configuration.topology)
+    return Plan(
         preset=str(preset),
         configuration=config,
         phase=phase,
         dtype=str(dtype),
         recompute=str(recompute),
+        accumulate=accumulate,
         devices=len(devices),
         mesh=dict(zip(mesh.device_mesh.axis_names, mesh.device_mesh.shape)),
         parts=parts,
-        batch_size=work.rows,
-        sequence_length=work.columns,
-        memory_limit=chip and chip.memory * GIB,
-        compile_seconds=seconds,
-        model_flops=work.model_flops / len(devices),
+        batch_size=phase_of_model.rows,
+        sequence_length=phase_of_model.columns,
+        **findings,
     )
-    if required is not None:
-        return Plan(**common, fits=False, memory={"peak": required})
-    memory = _memory(work, compiled)
-    fits = chip is None or memory["peak"] <= chip.memory * GIB
-    return Plan(**common, **_measured(work.works, compiled, mesh.device_mesh.shape, chip), fits=fits, memory=memory)
 
 
 def phases_of(config):
@@ -198,55 +194,3 @@ def _tpu_devices(configuration):
             f"A plan is for devices of one kind. Received: {configuration.name!r}, which takes any; give `devices`"
         )
     return topology.tpu_devices(configuration.topology, configuration.replica)
-
-
-def _compiled(works, platform):
-    """The programs, and `None`; or those before one that is too large, and the bytes that it would take."""
-    import jax
-
-    programs = []
-    for work in works:
-        settings = {} if work.out_shardings is None else {"out_shardings": work.out_shardings}
-        jitted = jax.jit(work.function, donate_argnums=work.donated, **settings)
-        lowered = jitted.trace(*work.arguments).lower(lowering_platforms=(platform,))
-        try:
-            programs.append(lowered.compile())
-        except jax.errors.JaxRuntimeError as error:
-            required = _required_memory(str(error))
-            if required is None:
-                raise
-            return programs, required + work.beside
-    return programs, None
-
-
-def _required_memory(message):
-    """Bytes out of what the TPU's compiler says of a program that is too large; `None` for other errors."""
-    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
-    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else None
-
-
-def _memory(phase, compiled):
-    """What is kept, and as temporaries all that the largest program holds besides."""
-    peak = max(_bytes_held(program) + work.beside for work, program in zip(phase.works, compiled))
-    return {**phase.kept, "temporaries": peak - sum(phase.kept.values()), "peak": peak}
-
-
-def _bytes_held(program):
-    analysis = program.memory_analysis()
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new
-
-
-def _measured(works, compiled, mesh_shape, chip):
-    measures = Measures(mesh_shape)
-    for work, program in zip(works, compiled):
-        measures.add(program, work.runs, work.turn_of_loop)
-    return {
-        "executed_flops": measures.flops,
-        "kernels": dict(measures.kernels),
-        "within_pods": dict(measures.within_pods),
-        "across_pods": dict(measures.across_pods),
-        "seconds": measures.seconds(chip) if chip else {},
-        "chip": chip._asdict() if chip else {},
-        "largest": measures.largest(),
-    }

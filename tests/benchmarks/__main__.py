@@ -2,6 +2,7 @@
 
     python tests/benchmarks                        # everything, about half an hour on two cores
     python tests/benchmarks --only generation --repeats 5
+    python tests/benchmarks --only planning        # compiled for TPUs, with the extra `plan`; half an hour more
 
 Prints a table of ratios and writes `results.json` and `results.png` into `--output`.
 """
@@ -16,9 +17,12 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import generation
+import planning
 import training
 
-BENCHMARKS = {"generation": generation, "training": training}
+BENCHMARKS = {"generation": generation, "training": training, "planning": planning}
+# Takes as long as the others together, and another library.
+WHEN_ASKED_FOR = ("planning",)
 
 
 def rows_of(name, results):
@@ -68,13 +72,14 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("."))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results, rows = {}, []
-    for name in [arguments.only] if arguments.only else BENCHMARKS:
-        results[name] = BENCHMARKS[name].run(arguments.repeats)
-        rows += rows_of(name, results[name])
-    print_table(rows)
+    names = [arguments.only] if arguments.only else [name for name in BENCHMARKS if name not in WHEN_ASKED_FOR]
+    results = {name: BENCHMARKS[name].run(arguments.repeats) for name in names}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=4))
-    draw(rows, arguments.output / "results.png")
+    if "planning" in results:
+        print("\n".join(planning.table(results.pop("planning"))))
+    if rows := [row for name, of_name in results.items() for row in rows_of(name, of_name)]:
+        print_table(rows)
+        draw(rows, arguments.output / "results.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from keras_gemma import cli
 from keras_gemma.planning import plan
-from keras_gemma.planning.plan import _required_memory
+from keras_gemma.planning.compiling import _required_memory
 from keras_gemma.training import training_flops_per_token
 
 SETTINGS = {"sequence_length": 64, "batch_size": 2, "dtype": "float32"}
