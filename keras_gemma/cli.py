@@ -166,6 +166,13 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         help="rows of all devices together (default: one a part)",
     )
     parser.add_argument(
+        "--context",
+        type=_positive_int,
+        default=1,
+        metavar="C",
+        help="devices among which the tokens of a row are cut, of those that share a batch (default: %(default)s)",
+    )
+    parser.add_argument(
         "--recompute",
         choices=("none", "dots", "block"),
         default="block",
@@ -380,7 +387,8 @@ def plan(args):
 
     plans = []
     for phase in [args.phase] if args.phase else phases_of(args.config):
-        plans.append(plan(args.preset, args.config, args.sequence_length, args.batch_size, args.recompute, phase))
+        arguments = (args.preset, args.config, args.sequence_length, args.batch_size, args.recompute, phase)
+        plans.append(plan(*arguments, context=args.context))
         print(plans[-1].to_json() if args.json else plans[-1], flush=True)
     if args.plot:
         plans[-1].plot(args.plot)

@@ -2,7 +2,7 @@
 
 layouts         a table: which axis of a weight is cut along which axis of the mesh
 meshes          which device stands where
-pods            a `keras.distribution` of pods: replica × data × model
+pods            a `keras.distribution` of pods: replica × data × model, or replica × data × context × model
 configurations  the table below
 filled_up       batches whose rows a mesh divides
 
@@ -40,6 +40,10 @@ Google sells under it; a v5p is counted as two. Mesh: replica × data × model.
 | `local_model` | 1 × 1 × all | any devices, CPUs and GPUs too | `generate`: weights are cut, rows are not |
 
 A serving configuration cuts weights along `model` only, so that no token waits for weights of another device.
+
+For rows too long for one device, `gemma_2b_v5e_16(context=4)` cuts the tokens of a row over four devices of the data
+axis: the mesh is replica × data × context × model, 1 × 4 × 4 × 1. A batch may then have a quarter of the rows, weights
+are cut as before, and `2 * context` divides the length of the rows. See `PodParallel`.
 
 Example:
 

@@ -5,8 +5,10 @@ import math
 
 from keras_gemma.distribution import layouts
 from keras_gemma.distribution import meshes
-from keras_gemma.distribution.pods import REPLICA
+from keras_gemma.distribution.pods import AXES
+from keras_gemma.distribution.pods import AXES_WITH_CONTEXT
 from keras_gemma.distribution.pods import PodParallel
+from keras_gemma.distribution.pods import axes_of_widths
 
 ALL = None
 TRAINING, ADAPTERS, SERVING = "training", "adapters", "serving"
@@ -33,31 +35,42 @@ class Configuration:
     data: int | None
     model: int | None
 
-    def __call__(self, devices=None, auto_shard_dataset=True):
+    def __call__(self, devices=None, auto_shard_dataset=True, context=1):
         """Makes the distribution.
 
         Args:
             devices: optional list of devices: `jax.Device`s, or names as of `keras.distribution.list_devices`. All
                 that JAX sees by default.
             auto_shard_dataset: bool. `False` where each process reads a share of the data of its own.
+            context: int. Over how many devices the tokens of a row are cut, of those along the data axis, which
+                becomes as much shorter. See `PodParallel`.
 
         Returns:
             A `PodParallel`.
 
         Raises:
-            ValueError: for another number of devices, or devices in another number of pods.
+            ValueError: for another number of devices, devices in another number of pods, or a context that does not
+                divide the data axis.
         """
         devices = _jax_devices(devices)
-        shape = self.shape(len(devices))
-        if math.prod(shape) != len(devices):
+        if math.prod(self.shape(len(devices))) != len(devices):
             raise ValueError(self._wrong_number(len(devices)))
-        mesh = meshes.device_mesh(shape, (REPLICA, layouts.DATA, layouts.MODEL), devices)
-        table = layouts.layout_map(mesh, data=None if self.use == SERVING else layouts.DATA)
+        axes = AXES if context == 1 else AXES_WITH_CONTEXT
+        mesh = meshes.device_mesh(self.shape(len(devices), context), axes, devices)
+        table = layouts.layout_map(mesh, data=None if self.use == SERVING else axes_of_widths(mesh))
         return PodParallel(mesh, table, auto_shard_dataset)
 
-    def shape(self, device_count):
-        """Sizes of the axes `(replica, data, model)`."""
-        return tuple(device_count if size is ALL else size for size in (self.replica, self.data, self.model))
+    def shape(self, device_count, context=1):
+        """Sizes of the axes `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1."""
+        replica, data, model = (device_count if size is ALL else size for size in (self.replica, self.data, self.model))
+        if context == 1:
+            return replica, data, model
+        if context < 1 or data % context:
+            raise ValueError(
+                f"The context divides the data axis, which {self.name!r} gives {data} devices. "
+                f"Received: context={context}"
+            )
+        return replica, data // context, context, model
 
     @property
     def device_count(self):

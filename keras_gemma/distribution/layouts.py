@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import keras
 
-MODEL, DATA = "model", "data"
+MODEL, DATA, CONTEXT = "model", "data", "context"
 
 CUT_ALONG = {"V": MODEL, "N": MODEL, "K": MODEL, "F": MODEL, "D": DATA, "H": None, "R": None, "1": None}
 # Heads that the model axis does not divide, such as the one key-value head of 2B, stay whole.
@@ -46,7 +46,8 @@ def layout_map(device_mesh, model=MODEL, data=DATA, heads=None):
     Args:
         device_mesh: a `keras.distribution.DeviceMesh`.
         model: string. Name of the mesh's model axis.
-        data: string or `None`. Name of the mesh's axis along which widths are cut; `None` leaves them whole.
+        data: string or tuple of strings or `None`. Name of the mesh's axis, or axes, along which widths are cut;
+            `None` leaves them whole.
         heads: optional dict, how many heads `"N"` and `"K"` are. Those that the model axis does not divide stay whole.
 
     Returns:
@@ -57,15 +58,33 @@ def layout_map(device_mesh, model=MODEL, data=DATA, heads=None):
     """
     if not isinstance(device_mesh, keras.distribution.DeviceMesh):
         raise ValueError(f"`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: {device_mesh!r}")
-    for axis in filter(None, (model, data)):
+    for axis in (*names_of(model), *names_of(data)):
         if axis not in device_mesh.axis_names:
             raise ValueError(f"The mesh has the axes {device_mesh.axis_names}. Received: {axis!r}")
     names = {MODEL: model, DATA: data, None: None}
     whole = [letter for letter, count in (heads or {}).items() if count % size_of(device_mesh, model)]
     layouts = keras.distribution.LayoutMap(device_mesh)
     for path, letters in AXES.items():
-        layouts[path] = tuple(None if letter in whole else names[CUT_ALONG[letter]] for letter in letters)
+        axes = tuple(None if letter in whole else names[CUT_ALONG[letter]] for letter in letters)
+        layouts[path] = Layout(axes, device_mesh)
     return layouts
+
+
+class Layout(keras.distribution.TensorLayout):
+    """A layout that may cut an axis of a tensor along several axes of a mesh, which Keras' own cannot express.
+
+    Args:
+        axes: tuple with, for each axis of the tensor, the name of an axis of the mesh, a tuple of names, or `None`.
+        device_mesh: a `keras.distribution.DeviceMesh`.
+    """
+
+    def __init__(self, axes, device_mesh):
+        super().__init__((None,) * len(axes), device_mesh)
+        self._joint_axes = tuple(axes)
+
+    @property
+    def axes(self):
+        return self._joint_axes
 
 
 def letters_of(layouts, path):
@@ -87,8 +106,13 @@ def refuse_indivisible(layout, path, shape):
 
 def size_of(mesh, axis):
     """Devices along an axis of the mesh, along all of several, or 1 for `None`."""
+    return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names_of(axis))
+
+
+def names_of(axis):
+    """The axes of a mesh that cut an axis of a tensor, as a tuple: empty for `None`."""
     names = axis if isinstance(axis, tuple) else (axis,)
-    return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names if name is not None)
+    return tuple(name for name in names if name is not None)
 
 
 def check_weights(shapes):

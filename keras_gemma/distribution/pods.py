@@ -7,16 +7,24 @@ import keras
 from keras_gemma.distribution import layouts
 
 REPLICA = "replica"
+AXES = (REPLICA, layouts.DATA, layouts.MODEL)
+AXES_WITH_CONTEXT = (REPLICA, layouts.DATA, layouts.CONTEXT, layouts.MODEL)
 
 
 class PodParallel(keras.distribution.ModelParallel):
-    """`keras.distribution.ModelParallel` on a mesh `(replica, data, model)`.
+    """`keras.distribution.ModelParallel` on a mesh `(replica, data, model)` or `(replica, data, context, model)`.
 
     Batches are cut along `replica` and `data`, weights along `data` and `model` only. With a replica for every pod,
     nothing but the gradients' sum crosses pods. Heads that the model axis does not divide stay whole.
 
+    Along `context` the tokens of a row are cut, for rows too long for one device: hidden states from the embeddings
+    to the loss, and the queries of attention, whose keys and values every device gathers. Weights are cut along
+    `data` and `context` together. Twice the devices along `context` must divide the length of the rows that are
+    trained on; `predict` and `evaluate` leave others whole, and `generate` all.
+
     Args:
-        device_mesh: a `keras.distribution.DeviceMesh` with the axes `replica`, `data` and `model`.
+        device_mesh: a `keras.distribution.DeviceMesh` with the axes `replica`, `data` and `model`, and `context`
+            before `model` if there is one.
         layout_map: optional `keras.distribution.LayoutMap` of that mesh. By default the table of `layouts`, to which
             rows for layers of one's own can be added: `layout_map["my_head/kernel"] = ("data", None)`.
         auto_shard_dataset: bool, as of `keras.distribution.ModelParallel`.
@@ -35,10 +43,12 @@ class PodParallel(keras.distribution.ModelParallel):
     """
 
     def __init__(self, device_mesh, layout_map=None, auto_shard_dataset=True):
-        wanted = (REPLICA, layouts.DATA, layouts.MODEL)
-        if tuple(device_mesh.axis_names) != wanted:
-            raise ValueError(f"The axes of the mesh are {wanted}. Received: {tuple(device_mesh.axis_names)}")
-        layout_map = layouts.layout_map(device_mesh) if layout_map is None else layout_map
+        if tuple(device_mesh.axis_names) not in (AXES, AXES_WITH_CONTEXT):
+            raise ValueError(
+                f"The axes of the mesh are {AXES} or {AXES_WITH_CONTEXT}. Received: {tuple(device_mesh.axis_names)}"
+            )
+        if layout_map is None:
+            layout_map = layouts.layout_map(device_mesh, data=axes_of_widths(device_mesh))
         # Keras asks for it while the base class is being made.
         self._replicas = math.prod(device_mesh.shape[:2])
         super().__init__(layout_map=layout_map, batch_dim_name=layouts.DATA, auto_shard_dataset=auto_shard_dataset)
@@ -48,8 +58,16 @@ class PodParallel(keras.distribution.ModelParallel):
         """Into how many parts a batch is cut."""
         return self._replicas
 
+    @property
+    def context_dim_name(self):
+        """Name of the mesh axis along which the tokens of a row are cut, or `None`."""
+        return layouts.CONTEXT if layouts.CONTEXT in self.device_mesh.axis_names else None
+
     def get_data_layout(self, data_shape):
-        return RowsLayout(len(data_shape), (REPLICA, self.batch_dim_name), self.device_mesh)
+        # Columns stay whole: a token id is small beside what the model makes of it, and a process that shares a row
+        # with others would have to know which part of it is its own.
+        rows = (REPLICA, self.batch_dim_name)
+        return layouts.Layout((rows, *(None for _ in data_shape[1:])), self.device_mesh)
 
     def get_variable_layout(self, variable):
         layout = super().get_variable_layout(variable)
@@ -75,7 +93,7 @@ class PodParallel(keras.distribution.ModelParallel):
             None if letter in layouts.HEADS and size % layouts.size_of(self.device_mesh, axis) else axis
             for axis, letter, size in zip(layout.axes, letters, shape)
         )
-        return keras.distribution.TensorLayout(axes, self.device_mesh)
+        return layouts.Layout(axes, self.device_mesh)
 
     def _without_slivers(self, layout, letters, shape):
         """Cuts the vocabulary where parts of the embeddings' width would be narrower than a chip's vectors."""
@@ -84,22 +102,9 @@ class PodParallel(keras.distribution.ModelParallel):
         parts = layouts.size_of(self.device_mesh, layout.axes[1])
         if shape[1] >= parts * layouts.LANES or shape[0] % parts:
             return layout
-        return keras.distribution.TensorLayout((layout.axes[1], None), self.device_mesh)
+        return layouts.Layout((layout.axes[1], None), self.device_mesh)
 
 
-class RowsLayout(keras.distribution.TensorLayout):
-    """Cuts the first axis of a tensor along several axes of a mesh, which Keras' own layouts cannot express.
-
-    Args:
-        rank: int.
-        rows: tuple of names of mesh axes.
-        device_mesh: a `keras.distribution.DeviceMesh`.
-    """
-
-    def __init__(self, rank, rows, device_mesh):
-        super().__init__((None,) * rank, device_mesh)
-        self._rows = rows
-
-    @property
-    def axes(self):
-        return (self._rows, *super().axes[1:])
+def axes_of_widths(device_mesh):
+    """The mesh axis, or axes, along which the widths of weights are cut: where devices have different tokens."""
+    return (layouts.DATA, layouts.CONTEXT) if layouts.CONTEXT in device_mesh.axis_names else layouts.DATA

@@ -26,8 +26,10 @@ from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
 from keras_gemma.kernels.sharding import cache_apart
 from keras_gemma.kernels.sharding import look_up
+from keras_gemma.kernels.sharding import refuse_uneven_columns
 from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.sharding import sharding_of_cache
+from keras_gemma.kernels.sharding import tokens_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
 from keras_gemma.kernels.vocabulary import vocabulary_loss
@@ -49,12 +51,14 @@ __all__ = [
     "prefers_packed_weights",
     "project",
     "prompt_attention",
+    "refuse_uneven_columns",
     "rms_normalize",
     "rotate",
     "rows_apart",
     "run_layers",
     "sharding_of_cache",
     "shards_of_batch",
+    "tokens_apart",
     "vocabulary_loss",
     "with_flags_bound",
     "write_columns",

@@ -5,8 +5,8 @@ import math
 
 from keras import ops
 
+from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import on_jax_cpu
-from keras_gemma.kernels.platform import shards_of_batch
 
 # Of GELU's approximation by a hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
 ROOT = math.sqrt(2.0 / math.pi)
@@ -15,7 +15,7 @@ CUBIC = 0.044715
 
 def prefers_own_geglu(x):
     """Whether training on tensors like `x` is faster here through `geglu` than through a layer for each product."""
-    return on_jax_cpu() and str(x.dtype) == "float32" and shards_of_batch() == 1
+    return on_jax_cpu() and str(x.dtype) == "float32" and has_all_tokens()
 
 
 def geglu(x, gating, gating_2, linear):

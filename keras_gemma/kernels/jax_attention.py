@@ -2,16 +2,18 @@
 
 from keras_gemma.kernels.blockwise_attention import blockwise_attention
 from keras_gemma.kernels.platform import jax_platform
+from keras_gemma.kernels.platform import shards_of_columns
 from keras_gemma.kernels.sharding import on_own_rows_and_heads
 
 
 def jax_attention(query, key, value, segment_ids):
     """As `causal_attention`, without dropout and without a tensor of length × length."""
-    return on_own_rows_and_heads(kernel_for(query), query, key, value, segment_ids)
+    kernel = kernel_for(query, of_all_columns=shards_of_columns(query.shape[1]) == 1)
+    return on_own_rows_and_heads(kernel, query, key, value, segment_ids)
 
 
-def kernel_for(query):
-    """The attention of one device for queries such as `query`.
+def kernel_for(query, of_all_columns=True):
+    """The attention of one device for queries such as `query`, of all columns of a row or of a `Share`.
 
     Pallas and cuDNN are imported where they run only.
     """
@@ -19,7 +21,7 @@ def kernel_for(query):
         from keras_gemma.kernels.splash_attention import splash_attention
 
         return splash_attention
-    if jax_platform() == "gpu":
+    if jax_platform() == "gpu" and of_all_columns:
         from keras_gemma.kernels.cudnn_attention import cudnn_attention
         from keras_gemma.kernels.cudnn_attention import cudnn_serves
 

@@ -4,8 +4,8 @@ import functools
 
 from keras import ops
 
+from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import on_jax_cpu
-from keras_gemma.kernels.platform import shards_of_batch
 
 
 def rms_normalize(x, scale, epsilon):
@@ -27,7 +27,7 @@ def rms_normalize(x, scale, epsilon):
     >>> [round(float(value), 3) for value in normalized[0]]
     [0.849, 1.131]
     """
-    if on_jax_cpu() and shards_of_batch() == 1:
+    if on_jax_cpu() and has_all_tokens():
         return _jax_rms_normalize()(ops.convert_to_tensor(x), ops.convert_to_tensor(scale), epsilon)
     return x * _reciprocal(x, epsilon) * scale
 

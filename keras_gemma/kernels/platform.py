@@ -24,6 +24,34 @@ def shards_of_batch():
     return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names if name is not None)
 
 
+def axis_of_columns():
+    """Name of the mesh axis along which `keras.distribution` cuts the columns of a row, or `None`."""
+    return getattr(keras.distribution.distribution(), "context_dim_name", None)
+
+
+def devices_of_columns():
+    """How many devices the mesh has along the axis of columns: 1 where it has no such axis."""
+    axis = axis_of_columns()
+    if axis is None:
+        return 1
+    mesh = keras.distribution.distribution().device_mesh
+    return mesh.shape[list(mesh.axis_names).index(axis)]
+
+
+def shards_of_columns(length):
+    """Over how many devices the columns of rows of a length are spread: 1 where the devices do not divide them.
+
+    Each device has two parts of equal length, as attention needs them.
+    """
+    devices = devices_of_columns()
+    return 1 if length is None or length % (2 * devices) else devices
+
+
+def has_all_tokens():
+    """Whether the tokens of a batch are all on one device, or on each."""
+    return shards_of_batch() * devices_of_columns() == 1
+
+
 def jax_platform():
     """`"cpu"`, `"gpu"` or `"tpu"`: what XLA compiles for.
 

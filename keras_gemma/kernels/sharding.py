@@ -1,12 +1,15 @@
-"""Keeping rows, and heads, on the devices that hold them."""
+"""Keeping rows, columns and heads on the devices that hold them."""
 
 import functools
 
 import keras
 from keras import ops
 
+from keras_gemma.kernels.platform import axis_of_columns
+from keras_gemma.kernels.platform import devices_of_columns
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import shards_of_batch
+from keras_gemma.kernels.platform import shards_of_columns
 
 
 def rows_apart(x):
@@ -26,6 +29,32 @@ def rows_apart(x):
     if distribution is None or not on_jax() or rows is None or rows % shards_of_batch():
         return x
     return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
+
+
+def tokens_apart(x):
+    """As `rows_apart`, and the columns on the devices along which the distribution cuts them, if it does so.
+
+    Said where whole rows run through a network together. What has been generated of a row is on one device.
+
+    Args:
+        x: tensor `[B, T, ...]`.
+
+    Returns:
+        A tensor `[B, T, ...]`, whole but for rows and columns, of which each stay whole if devices do not divide them.
+    """
+    if not on_jax() or shards_of_columns(x.shape[1]) == 1:
+        return rows_apart(x)
+    return _laid_out(x, _axis_of_rows(keras.distribution.distribution(), x.shape), axis_of_columns())
+
+
+def refuse_uneven_columns(length):
+    """Raises a `ValueError` for rows of a length of which the devices that share a row cannot have equal parts."""
+    devices = devices_of_columns()
+    if length is not None and shards_of_columns(length) != devices:
+        raise ValueError(
+            f"Each of the {devices} devices along the mesh axis {axis_of_columns()!r} takes two parts of a row, so "
+            f"{2 * devices} divides the sequence length. Received: a sequence length of {length}"
+        )
 
 
 def gathered(value, variable):
@@ -60,8 +89,8 @@ def shardings_of_weight(variable):
     layout = distribution.get_variable_layout(variable)
     if layout is None:
         return None, None
-    rows = _names(distribution.get_data_layout((1,)).axes[0])
-    whole = tuple(None if axis in rows else axis for axis in layout.axes)
+    along = _axes_of_tokens(distribution)
+    whole = tuple(None if along.intersection(_names(axis)) else axis for axis in layout.axes)
     return (None, None) if whole == tuple(layout.axes) else (_sharding(*layout.axes), _sharding(*whole))
 
 
@@ -79,37 +108,42 @@ def _gather(parts, whole):
     return gather
 
 
-def look_up(embedding, token_ids):
-    """`embedding(token_ids)`, where the embeddings may be cut along an axis that cuts the rows as well.
+def look_up(embedding, token_ids, cut_columns=False):
+    """`embedding(token_ids)`, where the embeddings may be cut along axes that cut the tokens as well.
 
-    Where that is their width, the devices along the axis look up the rows of all of them, each in its own part of the
-    width, and exchange what they found: every one sends no more than it keeps. XLA by itself gathers all rows of all
-    pods everywhere. Where it is the vocabulary, the embeddings are gathered.
+    Where that is their width, the devices along these axes look up the tokens of all of them, each in its own part of
+    the width, and exchange what they found: every one sends no more than it keeps. XLA by itself gathers all rows of
+    all pods everywhere. Where it is the vocabulary, the embeddings are gathered.
 
     Args:
         embedding: a built embedding layer whose weights are `embeddings` `[V, D]`.
         token_ids: int tensor `[B, T]`.
+        cut_columns: bool. Whether columns go to the devices along which the distribution cuts them.
 
     Returns:
-        A tensor `[B, T, D]`, laid out as by `rows_apart`.
+        A tensor `[B, T, D]`, laid out as by `tokens_apart` or, with whole columns, by `rows_apart`.
     """
+    apart = tokens_apart if cut_columns else rows_apart
     distribution = keras.distribution.distribution()
     if distribution is None or not on_jax() or token_ids.shape[0] is None:
         return embedding(token_ids)
     if token_ids.shape[0] % shards_of_batch():
-        return embedding(token_ids)
+        return apart(embedding(token_ids))
     layout = distribution.get_variable_layout(embedding._embeddings)
     rows = _names(distribution.get_data_layout(token_ids.shape).axes[0])
+    along = _axes_of_tokens(distribution)
     vocabulary, width = layout.axes if layout else (None, None)
-    if width in rows and width is not None:
-        others = tuple(name for name in rows if name != width) or None
-        x = embedding(_laid_out(token_ids, others, None))
-        return rows_apart(_laid_out(x, others, None, width))
-    if vocabulary in rows and vocabulary is not None:
+    if along.intersection(_names(width)):
+        others = tuple(name for name in rows if name not in _names(width)) or None
+        x = _laid_out(embedding(_laid_out(token_ids, others, None)), others, None, width)
+        # One exchange along an axis: for two of them at once XLA would gather everything.
+        columns = axis_of_columns() if cut_columns and shards_of_columns(token_ids.shape[1]) > 1 else None
+        return apart(_laid_out(x, others, columns, tuple(name for name in _names(width) if name in rows)))
+    if along.intersection(_names(vocabulary)):
         values = [gathered(ops.cast(v.value, embedding.compute_dtype), v) for v in embedding.variables]
         with keras.StatelessScope(zip(embedding.variables, values)):
-            return rows_apart(embedding(token_ids))
-    return rows_apart(embedding(token_ids))
+            return apart(embedding(token_ids))
+    return apart(embedding(token_ids))
 
 
 def _laid_out(x, *axes):
@@ -149,7 +183,8 @@ def sharding_of_cache(shape):
     if distribution is None:
         return None
     rows = _axis_of_rows(distribution, shape)
-    _, heads = _axes_of_heads(distribution.device_mesh.backend_mesh, rows, shape[1], shape[1])
+    taken = (*_names(rows), axis_of_columns())
+    _, heads = _axes_of_heads(distribution.device_mesh.backend_mesh, taken, shape[1], shape[1])
     return _sharding(rows, heads)
 
 
@@ -160,7 +195,8 @@ def on_own_rows_and_heads(attend, query, key, value, segment_ids):
     distribution cuts its data; heads along another axis of the mesh, if it divides them.
 
     Args:
-        attend: callable of the other arguments, which treats rows alike and groups of heads alike.
+        attend: callable of the other arguments, which treats rows alike and groups of heads alike. Where columns are
+            cut, it also takes a `Share`.
         query: float tensor `[B, T, N, H]`.
         key: float tensor `[B, T, K, H]`; `K` divides `N`.
         value: float tensor `[B, T, K, H]`.
@@ -172,14 +208,21 @@ def on_own_rows_and_heads(attend, query, key, value, segment_ids):
     from jax import shard_map
     from jax.sharding import PartitionSpec
 
+    from keras_gemma.kernels.shares import on_own_columns
+
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh.backend_mesh.size == 1:
         return attend(query, key, value, segment_ids)
     mesh = distribution.device_mesh.backend_mesh
-    rows = _axis_of_rows(distribution, query.shape)
-    query_heads, kv_heads = _axes_of_heads(mesh, rows, query.shape[2], key.shape[2])
-    of_query, of_keys = PartitionSpec(rows, None, query_heads), PartitionSpec(rows, None, kv_heads)
-    specs = (of_query, of_keys, of_keys, PartitionSpec(rows))
+    rows, columns = _axis_of_rows(distribution, query.shape), None
+    devices = shards_of_columns(query.shape[1])
+    if devices > 1:
+        columns = axis_of_columns()
+        attend = functools.partial(on_own_columns, attend, columns, devices)
+    taken = (*_names(rows), axis_of_columns())
+    query_heads, kv_heads = _axes_of_heads(mesh, taken, query.shape[2], key.shape[2])
+    of_query, of_keys = PartitionSpec(rows, columns, query_heads), PartitionSpec(rows, columns, kv_heads)
+    specs = (of_query, of_keys, of_keys, PartitionSpec(rows, columns))
     # Neither Pallas nor cuDNN calls say along which axes their results vary, so JAX cannot check it.
     return shard_map(attend, mesh=mesh, in_specs=specs, out_specs=of_query, check_vma=False)(
         query, key, value, segment_ids
@@ -191,11 +234,16 @@ def _axis_of_rows(distribution, shape):
     return None if shape[0] % shards_of_batch() else distribution.get_data_layout(shape).axes[0]
 
 
-def _axes_of_heads(mesh, rows, heads, kv_heads):
+def _axes_of_tokens(distribution):
+    """Names of the mesh axes along which devices have different tokens."""
+    return {*_names(distribution.get_data_layout((1,)).axes[0]), axis_of_columns()} - {None}
+
+
+def _axes_of_heads(mesh, taken, heads, kv_heads):
     """Names of the mesh axis that cuts the query heads and of the one that cuts the key-value heads, or `None`."""
     for axis in mesh.axis_names:
         size = mesh.shape[axis]
-        if size == 1 or axis in _names(rows) or heads % size:
+        if size == 1 or axis in taken or heads % size:
             continue
         if kv_heads % size == 0:
             return axis, axis

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.platform import shards_of_batch
+from keras_gemma.kernels.platform import shards_of_columns
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.sharding import shardings_of_weight
 
@@ -92,21 +94,30 @@ def logits_loss(logits, targets, weights, z_loss=0.0):
 
 
 def _columns_at_once(batch, length):
-    """Columns of a chunk: its tokens come from all rows, so that devices that share the batch all have work."""
-    tokens = TOKENS_AT_ONCE_ON_CPU if on_jax_cpu() else TOKENS_AT_ONCE * shards_of_batch()
-    columns = min(length, max(1, tokens // (batch or 1)))
-    chunks = -(-length // columns)
-    return -(-length // chunks)
+    """Columns of a chunk, of each device's own: its tokens come from all rows and devices, so that all have work."""
+    shards = shards_of_columns(length)
+    tokens = TOKENS_AT_ONCE_ON_CPU if on_jax_cpu() else TOKENS_AT_ONCE * shards_of_batch() * shards
+    columns = min(length // shards, max(1, tokens // (batch or 1) // shards))
+    chunks = -(-(length // shards) // columns)
+    return -(-(length // shards) // chunks)
 
 
 def _chunks(hidden, targets, weights, width):
-    """`[B, T, …]` → `[chunks, B, width, …]`; columns that fill the last chunk up have no weight."""
-    chunks = -(-hidden.shape[1] // width)
-    missing = chunks * width - hidden.shape[1]
+    """`[B, T, …]` → `[chunks, B, shards * width, …]`; columns that fill the last chunk up have no weight.
+
+    A chunk has `width` columns of every device among which columns are cut: none is sent to another.
+    """
+    length = hidden.shape[1]
+    shards = shards_of_columns(length)
+    chunks = -(-(length // shards) // width)
+    missing = chunks * width - length // shards
 
     def split(x):
-        x = ops.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
-        return ops.moveaxis(ops.reshape(x, (x.shape[0], chunks, width, *x.shape[2:])), 1, 0)
+        rows, rest = x.shape[0], x.shape[2:]
+        x = ops.reshape(x, (rows, shards, length // shards, *rest))
+        x = ops.pad(x, [(0, 0), (0, 0), (0, missing), *[(0, 0)] * len(rest)]) if missing else x
+        x = ops.moveaxis(ops.reshape(x, (rows, shards, chunks, width, *rest)), 2, 0)
+        return ops.reshape(x, (chunks, rows, shards * width, *rest))
 
     return split(hidden), split(targets), split(weights)
 
@@ -203,7 +214,7 @@ def _gradients_of_errors(table, hidden, targets, weights, z_loss):
 
 
 def _exact_in_float32(hidden):
-    return on_jax_cpu() and str(hidden.dtype) == "float32" and shards_of_batch() == 1
+    return on_jax_cpu() and str(hidden.dtype) == "float32" and has_all_tokens()
 
 
 def _gradients_in_cache(table, hidden, targets, weights, z_loss):

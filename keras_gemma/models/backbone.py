@@ -207,16 +207,18 @@ class GemmaBackbone(keras_hub.models.Backbone):
             setattr(self, name, value)
 
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None, positions=None, training=None):
-        sine, cosine = self.rotary_embedding(token_ids, positions=positions)
-        segments = self.segment_ids(padding_mask, segment_ids=segment_ids)
-        x = kernels.look_up(self.token_embedding, token_ids)
+        apart = kernels.tokens_apart
+        sine, cosine = (apart(x) for x in self.rotary_embedding(token_ids, positions=positions))
+        segments = apart(self.segment_ids(padding_mask, segment_ids=segment_ids))
+        x = kernels.look_up(self.token_embedding, token_ids, cut_columns=True)
         x = self.embedding_scale(x)
         if training:
+            kernels.refuse_uneven_columns(x.shape[1])
             settings = {"recompute": self.recompute, "scan": self.scan_layers}
             x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **settings)
         else:
             for block in self.transformer_layers:
-                x = kernels.rows_apart(block(x, sine, cosine, segments))
+                x = apart(block(x, sine, cosine, segments))
         return self.layer_norm(x)
 
     def __call__(self, inputs, *args, **kwargs):

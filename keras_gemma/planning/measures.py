@@ -82,8 +82,9 @@ def _flops_of_kernel(instruction, operands):
     if not products:
         return 0.0
     mask = next(operand.sizes for operand in operands if operand.dtype == "s8")
-    query = max((operand.sizes for operand in operands if operand.dtype in ("bf16", "f32")), key=len)
-    blocks, length = mask[-1], query[-2]
+    tensors = [operand.sizes for operand in operands if operand.dtype in ("bf16", "f32") and len(operand.sizes) > 1]
+    # A device that has a share of the queries has fewer of them than keys.
+    query, blocks, length = max(tensors, key=len), mask[-1], max(sizes[-2] for sizes in tensors)
     return products[0] * 2.0 * math.prod(query) * length * (blocks + 1) / (2 * blocks)
 
 

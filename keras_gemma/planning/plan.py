@@ -110,6 +110,7 @@ def plan(
     optimizer=keras.optimizers.Adam,
     devices=None,
     accumulate=1,
+    context=1,
 ):
     """Compiles what `GemmaCausalLM` runs, for devices that need not exist, and says what it does.
 
@@ -127,6 +128,7 @@ def plan(
         optimizer: callable without arguments to a Keras optimizer.
         devices: optional list of `jax.Device`s in place of those of the configuration's topology.
         accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
+        context: int, as of a configuration when it is called: over how many devices the tokens of a row are cut.
 
     Returns:
         A `Plan`. Its `fits` is `False` where the compiler refuses a program for lack of memory.
@@ -144,7 +146,7 @@ def plan(
     dtype = dtype or ("mixed_bfloat16" if training else "bfloat16")
     if devices is None:
         devices = _tpu_devices(configuration)
-    mesh = configuration(devices=devices)
+    mesh = configuration(devices=devices, context=context)
     parts = mesh.num_model_replicas
     batch_size = parts * accumulate if batch_size is None else batch_size
     if batch_size < 1 or (training and batch_size % (parts * accumulate)):

@@ -34,7 +34,8 @@ LENGTH = 8
 
 
 def pods(*shape, **kwargs):
-    mesh = keras.distribution.DeviceMesh(shape, ("replica", "data", "model"))
+    axes = ("replica", "data", "model") if len(shape) == 3 else ("replica", "data", "context", "model")
+    mesh = keras.distribution.DeviceMesh(shape, axes)
     return PodParallel(mesh, **kwargs)
 
 
@@ -57,11 +58,11 @@ def examples(rows, seed=1):
     return {"token_ids": ids[:, :-1] * mask, "padding_mask": mask}, ids[:, 1:], weights
 
 
-def trained(model, rows=11, **kwargs):
+def trained(model, rows=11, batch=None, **kwargs):
     """Losses and metrics of three steps with a batch that no mesh divides."""
     # With a small epsilon Adam makes whole steps of gradients that are rounding and nothing else.
     model.compile(AdamW(1e-2, epsilon=1e-3))
-    x, y, weights = examples(rows)
+    x, y, weights = batch or examples(rows)
     return model.fit(x, y, sample_weight=weights, batch_size=rows, shuffle=False, epochs=3, verbose=0, **kwargs).history
 
 
@@ -77,9 +78,9 @@ def shard_of(variable):
     return variable.value.addressable_shards[0].data.shape
 
 
-def run(shape):
-    model = build(shape, **TWO_LAYERS)
-    return model, trained(model), model.get_weights(), generated(model)
+def run(shape, batch=None, **kwargs):
+    model = build(shape, **TWO_LAYERS, **kwargs)
+    return model, trained(model, batch=batch), model.get_weights(), generated(model)
 
 
 def mixed_meshes_train_and_generate_as_one_device_does():
@@ -91,11 +92,11 @@ def data_and_model_meshes_train_and_generate_as_one_device_does():
     assert_equal_to_one_device("2b", (1, 8, 1), (1, 1, 8))
 
 
-def assert_equal_to_one_device(shape, *meshes):
-    _, history, weights, tokens = run(shape)
+def assert_equal_to_one_device(shape, *meshes, check=None, **settings):
+    _, history, weights, tokens = run(shape, **settings)
     for mesh in meshes:
         with pods(*mesh).scope():
-            model, received, weights_received, tokens_received = run(shape)
+            model, received, weights_received, tokens_received = run(shape, **settings)
             for name in history:
                 np.testing.assert_allclose(received[name], history[name], rtol=1e-5, err_msg=f"{name} on {mesh}")
             for weight, expected in zip(weights_received, weights):
@@ -104,16 +105,18 @@ def assert_equal_to_one_device(shape, *meshes):
             assert_cut_as_the_mesh_says(model, mesh)
             if mesh[0] > 1:
                 assert_nothing_but_sums_crosses_pods(model, mesh)
+            if check:
+                check(model)
 
 
 def assert_cut_as_the_mesh_says(model, mesh):
     """Weights and both moments have as many parts as a pod has devices, but for the one key-value head and norms."""
-    _, data, model_size = mesh
+    _, *data, model_size = mesh
     moments = {v.path.split("/")[-1]: v for v in model.optimizer.variables}
     for weight in model.trainable_variables:
         if len(weight.shape) < 2:
             continue
-        parts = data if weight.shape[0] == 1 else data * model_size
+        parts = np.prod(data) * (1 if weight.shape[0] == 1 else model_size)
         shard = shard_of(weight)
         assert np.prod(shard) * parts == np.prod(weight.shape), (weight.path, shard)
         for moment in ("momentum", "velocity"):
@@ -121,16 +124,15 @@ def assert_cut_as_the_mesh_says(model, mesh):
 
 
 def assert_nothing_but_sums_crosses_pods(model, mesh):
-    pod_of = np.repeat(range(mesh[0]), mesh[1] * mesh[2])
-    collectives = Program(compiled_step(model)).collectives
+    pod_of = np.repeat(range(mesh[0]), np.prod(mesh[1:]))
+    collectives = Program(compiled_step(model, examples(8))).collectives
     assert collectives
     assert not [one for one in collectives if one.kind != "all-reduce" and one.crosses(pod_of)]
 
 
-def compiled_step(model):
-    x, y, weights = examples(8)
+def compiled_step(model, batch):
     layout = keras.distribution.distribution().get_data_layout
-    batch = jax.tree.map(lambda a: keras.distribution.distribute_tensor(a, layout(a.shape)), (x, y, weights))
+    batch = jax.tree.map(lambda a: keras.distribution.distribute_tensor(a, layout(a.shape)), batch)
     variables = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
     state = [[variable.value for variable in of_kind] for of_kind in (*variables, model.metrics_variables)]
     return jax.jit(model.train_step).lower(state, batch).compile().as_text()

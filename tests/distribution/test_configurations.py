@@ -11,7 +11,9 @@ from keras_gemma.distribution import PodParallel
 from keras_gemma.distribution import gemma_2b_v5e_8
 from keras_gemma.distribution import gemma_2b_v5e_512
 from keras_gemma.distribution import gemma_7b_v5e_8_serving
+from keras_gemma.distribution import gemma_7b_v5e_256
 from keras_gemma.distribution import gemma_7b_v5e_4096
+from keras_gemma.distribution import gemma_7b_v6e_8_serving
 from keras_gemma.distribution import local_data
 from keras_gemma.distribution import local_model
 from keras_gemma.models import GemmaBackbone
@@ -116,6 +118,24 @@ def test_heads_are_cut_where_they_divide_and_weights_never_between_pods():
     assert axes(distribution, "gemma_reward_model/reward_head/kernel", (3072, 1)) == ("data", None)
     assert axes(distribution, "reward_head/kernel", (3072, 1)) == ("data", None)
     assert distribution.get_data_layout((4096, 8192)).axes == (("replica", "data"), None)
+
+
+def test_a_context_takes_its_devices_from_the_data_axis():
+    distribution = gemma_7b_v5e_256(devices=chips(), context=4)
+    mesh = distribution.device_mesh
+    assert dict(zip(mesh.axis_names, mesh.shape)) == {"replica": 1, "data": 4, "context": 4, "model": 16}
+    assert distribution.num_model_replicas == 4
+    assert axes(distribution, KEY, (16, 3072, 256)) == ("model", ("data", "context"), None)
+    assert distribution.get_data_layout((64, 8192)).axes == (("replica", "data"), None)
+    assert gemma_7b_v5e_256(devices=chips(), context=1).device_mesh.axis_names == ("replica", "data", "model")
+    serving = gemma_7b_v6e_8_serving(devices=chips("v6e:2x4"), context=2)
+    assert axes(serving, KEY, (16, 3072, 256)) == ("model", None, None)
+
+
+@pytest.mark.parametrize("context", [3, 32, 0])
+def test_a_context_that_does_not_divide_the_data_axis_is_refused(context):
+    with pytest.raises(ValueError, match=rf"'gemma_7b_v5e_256' gives 16 devices. Received: context={context}"):
+        gemma_7b_v5e_256(devices=chips(), context=context)
 
 
 def test_serving_sends_no_weights():

@@ -181,7 +181,7 @@ def test_blockwise_attention_skips_tiles_of_other_segments():
 
     ids = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
     # The last block of the first row holds segment 3 and padding, and so may meet anything between.
-    assert _first_tiles(Blocks(4, 2), ids).tolist() == [[0, 2, 2, 0], [0, 1, 1, 0]]
+    assert _first_tiles(Blocks(4, 2), ids, ids).tolist() == [[0, 2, 2, 0], [0, 1, 1, 0]]
 
 
 @on_jax_only

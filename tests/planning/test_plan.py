@@ -73,8 +73,10 @@ def _sixteen_devices():
 
 
 def test_the_command(monkeypatch, capsys, made):
-    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments: made)
-    assert cli.main(["plan", "--json"]) == 0
+    given = {}
+    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments, **options: given.update(options) or made)
+    assert cli.main(["plan", "--json", "--context", "4"]) == 0
+    assert given == {"context": 4}
     assert json.loads(capsys.readouterr().out)["configuration"] == "local_data"
 
 
@@ -89,7 +91,7 @@ def test_a_picture(tmp_path, made):
 def test_what_does_not_fit(monkeypatch, capsys, made):
     limit = 16.0 * 2**30
     refused = dataclasses.replace(made, fits=False, memory={"peak": limit + 2**30}, memory_limit=limit)
-    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments: refused)
+    monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments, **options: refused)
     assert cli.main(["plan"]) == 1
     captured = capsys.readouterr()
     assert "17.0 GiB a chip, 1.0 GiB more than there are" in captured.out
