@@ -147,6 +147,7 @@ examples:
   keras-gemma plan --preset gemma_2b_en --config gemma_2b_v5e_16
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096 --sequence-length 8192 --batch-size 4096 --json
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_8_serving --batch-size 16
+  keras-gemma plan --preset gemma_2b_en --config gemma_2b_v5e_16 --search
 
 The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gemma[plan]'""",
     )
@@ -184,7 +185,29 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         help="a step of training, the prefill of a batch of prompts, or a token more for each row when the cache is "
         "full (default: train; prefill, then decode, for a configuration for serving)",
     )
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each phase")
+    parser.add_argument(
+        "--model",
+        type=_positive_int,
+        metavar="M",
+        help="length of the model axis in place of the configuration's; the data axis has the rest of a pod",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=_positive_int,
+        default=1,
+        metavar="A",
+        help="microbatches that a step is cut into, one in memory at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        type=_positive_int,
+        nargs="?",
+        const=4,
+        metavar="N",
+        help="look for the model axis, recomputation, and batch or microbatches that train fastest on the chips of "
+        "--config, compiling at most N programs (4 unless said otherwise)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each program")
     parser.add_argument("--plot", metavar="FILE", help="draw memory and times, as plan.png")
 
 
@@ -382,19 +405,40 @@ def plan(args):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["KERAS_BACKEND"] = "jax"
     startup.leave_out_tensorflow()
+    plans = searched_plans(args) if args.search else plans_of_phases(args)
+    if args.plot:
+        plans[0].plot(args.plot)
+    missing = plans[:1] if args.search else plans
+    for made in missing:
+        if not made.fits:
+            raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}, {made.phase}")
+
+
+def plans_of_phases(args):
     from keras_gemma.planning import phases_of
     from keras_gemma.planning import plan
 
     plans = []
     for phase in [args.phase] if args.phase else phases_of(args.config):
         arguments = (args.preset, args.config, args.sequence_length, args.batch_size, args.recompute, phase)
-        plans.append(plan(*arguments, context=args.context))
+        plans.append(plan(*arguments, context=args.context, model=args.model, accumulate=args.accumulate))
         print(plans[-1].to_json() if args.json else plans[-1], flush=True)
-    if args.plot:
-        plans[-1].plot(args.plot)
-    for made in plans:
-        if not made.fits:
-            raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}, {made.phase}")
+    return plans
+
+
+def searched_plans(args):
+    from keras_gemma.planning import search
+
+    def tell(made):
+        print(f"compiled {made.settings}: {made.outcome}", file=sys.stderr, flush=True)
+
+    plans = search(args.preset, args.config, args.sequence_length, args.batch_size, args.search, tell)
+    if args.json:
+        print("\n".join(made.to_json() for made in plans))
+    else:
+        print(plans[0])
+        print(f"to run it: {plans[0].settings}")
+    return plans
 
 
 # === Loading ===

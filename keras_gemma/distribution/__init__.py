@@ -56,6 +56,7 @@ Example:
 from keras_gemma.distribution.configurations import CONFIGURATIONS
 from keras_gemma.distribution.configurations import SERVING
 from keras_gemma.distribution.configurations import Configuration
+from keras_gemma.distribution.configurations import configuration
 from keras_gemma.distribution.filled_up import filled_up
 from keras_gemma.distribution.filled_up import own_rows
 from keras_gemma.distribution.layouts import check_weights
@@ -82,6 +83,7 @@ __all__ = [
     "Plan",
     "PodParallel",
     "check_weights",
+    "configuration",
     "filled_up",
     "layout_map",
     "own_rows",

@@ -35,7 +35,7 @@ class Configuration:
     data: int | None
     model: int | None
 
-    def __call__(self, devices=None, auto_shard_dataset=True, context=1):
+    def __call__(self, devices=None, auto_shard_dataset=True, context=1, model=None):
         """Makes the distribution.
 
         Args:
@@ -44,25 +44,37 @@ class Configuration:
             auto_shard_dataset: bool. `False` where each process reads a share of the data of its own.
             context: int. Over how many devices the tokens of a row are cut, of those along the data axis, which
                 becomes as much shorter. See `PodParallel`.
+            model: optional int, length of the model axis in place of the configuration's; the data axis takes the
+                other devices of a pod.
 
         Returns:
             A `PodParallel`.
 
         Raises:
-            ValueError: for another number of devices, devices in another number of pods, or a context that does not
-                divide the data axis.
+            ValueError: for another number of devices, devices in another number of pods, a context that does not
+                divide the data axis, or a model axis that does not divide the devices of a pod.
         """
         devices = _jax_devices(devices)
         if math.prod(self.shape(len(devices))) != len(devices):
             raise ValueError(self._wrong_number(len(devices)))
         axes = AXES if context == 1 else AXES_WITH_CONTEXT
-        mesh = meshes.device_mesh(self.shape(len(devices), context), axes, devices)
+        mesh = meshes.device_mesh(self.shape(len(devices), context, model), axes, devices)
         table = layouts.layout_map(mesh, data=None if self.use == SERVING else axes_of_widths(mesh))
         return PodParallel(mesh, table, auto_shard_dataset)
 
-    def shape(self, device_count, context=1):
+    def shape(self, device_count, context=1, model=None):
         """Sizes of the axes `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1."""
-        replica, data, model = (device_count if size is ALL else size for size in (self.replica, self.data, self.model))
+        replica, data, own_model = (
+            device_count if size is ALL else size for size in (self.replica, self.data, self.model)
+        )
+        pod = data * own_model
+        model = own_model if model is None else model
+        if model < 1 or pod % model:
+            raise ValueError(
+                f"The model axis divides the devices of a pod, of which {self.name!r} has {pod}. "
+                f"Received: model={model}"
+            )
+        data = pod // model
         if context == 1:
             return replica, data, model
         if context < 1 or data % context:
@@ -83,6 +95,13 @@ class Configuration:
             f"The configuration {self.name!r} is a mesh of {self.device_count} devices: {self.replica} × {self.data} × "
             f"{self.model} of replica, data and model. Received: {found} devices, which suit {', '.join(fitting)}"
         )
+
+
+def configuration(name):
+    """The `Configuration` of a name; a `ValueError` that lists them for one that is unknown."""
+    if name not in CONFIGURATIONS:
+        raise ValueError(f"Configurations are {', '.join(CONFIGURATIONS)}. Received: {name!r}")
+    return CONFIGURATIONS[name]
 
 
 def _jax_devices(devices):

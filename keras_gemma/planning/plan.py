@@ -83,6 +83,28 @@ class Plan:
         """Of the chips' peak by what the model needs, in the shortest time."""
         return self.model_flops / self.chip["flops"] / self.step_seconds if self.seconds else None
 
+    @property
+    def settings(self):
+        """What to type to run it."""
+        options = [f"{axis}={self.mesh[axis]}" for axis in ("context", "model") if self.mesh.get(axis, 1) > 1]
+        mesh = f"{self.configuration}({', '.join(options)})"
+        if self.phase != phases.TRAIN:
+            return f"{mesh}, dtype={self.dtype!r}"
+        accumulate = f", gradient_accumulation_steps={self.accumulate}" if self.accumulate > 1 else ""
+        return (
+            f"{mesh}, dtype={self.dtype!r}, recompute={self.recompute!r}{accumulate}, "
+            f"{self.batch_size} rows of {self.sequence_length} tokens a step"
+        )
+
+    @property
+    def outcome(self):
+        """Whether it fits and how fast it can be, in a line."""
+        gib = f"{self.memory['peak'] / topology.GIB:.2f} GiB a chip"
+        if not self.fits:
+            return f"does not fit, {gib}"
+        speed = f", at best {self.tokens_per_second:,.0f} tokens a second" if self.seconds else ""
+        return f"fits, {gib}{speed}"
+
     def to_json(self):
         estimates = {name: getattr(self, name) for name in ("step_seconds", "tokens_per_second", "utilization")}
         return json.dumps({**dataclasses.asdict(self), **estimates}, indent=2)
@@ -111,6 +133,7 @@ def plan(
     devices=None,
     accumulate=1,
     context=1,
+    model=None,
 ):
     """Compiles what `GemmaCausalLM` runs, for devices that need not exist, and says what it does.
 
@@ -129,6 +152,7 @@ def plan(
         devices: optional list of `jax.Device`s in place of those of the configuration's topology.
         accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
         context: int, as of a configuration when it is called: over how many devices the tokens of a row are cut.
+        model: optional int, as of a configuration when it is called: length of the model axis.
 
     Returns:
         A `Plan`. Its `fits` is `False` where the compiler refuses a program for lack of memory.
@@ -138,7 +162,7 @@ def plan(
         ValueError: for an unknown configuration or phase, a configuration for any devices without `devices`, or a
             batch that cannot be cut.
     """
-    configuration = _configuration(config)
+    configuration = distributions.configuration(config)
     phase = phase or phases_of(config)[-1]
     if phase not in phases.PHASES:
         raise ValueError(f"Phases are {', '.join(phases.PHASES)}. Received: {phase!r}")
@@ -146,7 +170,7 @@ def plan(
     dtype = dtype or ("mixed_bfloat16" if training else "bfloat16")
     if devices is None:
         devices = _tpu_devices(configuration)
-    mesh = configuration(devices=devices, context=context)
+    mesh = configuration(devices=devices, context=context, model=model)
     parts = mesh.num_model_replicas
     batch_size = parts * accumulate if batch_size is None else batch_size
     if batch_size < 1 or (training and batch_size % (parts * accumulate)):
@@ -156,10 +180,10 @@ def plan(
         )
 
     with mesh.scope():
-        model = abstract.model_without_memory(
+        gemma = abstract.model_without_memory(
             preset, optimizer if training else None, accumulate, dtype=dtype, recompute=recompute
         )
-        phase_of_model = phases.PHASES[phase](model, batch_size, sequence_length)
+        phase_of_model = phases.PHASES[phase](gemma, batch_size, sequence_length)
         findings = compiling.findings(phase_of_model, mesh.device_mesh, configuration.topology)
     return Plan(
         preset=str(preset),
@@ -179,15 +203,8 @@ def plan(
 
 def phases_of(config):
     """The phases that a configuration, by name, is for."""
-    serving = _configuration(config).use == distributions.SERVING
+    serving = distributions.configuration(config).use == distributions.SERVING
     return (phases.PREFILL, phases.DECODE) if serving else (phases.TRAIN,)
-
-
-def _configuration(name):
-    if name not in distributions.CONFIGURATIONS:
-        known = ", ".join(distributions.CONFIGURATIONS)
-        raise ValueError(f"Configurations are {known}. Received: {name!r}")
-    return distributions.CONFIGURATIONS[name]
 
 
 def _tpu_devices(configuration):

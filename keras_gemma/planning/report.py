@@ -10,6 +10,7 @@ def lines_of(plan):
     mesh = " × ".join(f"{size} {axis}" for axis, size in plan.mesh.items())
     yield f"{plan.preset} on {plan.configuration}, {plan.phase}: {plan.devices} devices, {mesh}"
     recompute = f", recompute {plan.recompute}" if plan.phase == "train" else ""
+    recompute += f", {plan.accumulate} microbatches" if plan.accumulate > 1 else ""
     yield f"batch {plan.batch_size} × {plan.sequence_length} tokens, {plan.dtype}{recompute}"
     yield ""
     yield from _memory(plan)
@@ -33,8 +34,9 @@ def _memory(plan):
 
 
 def _advice(plan):
-    rows = plan.batch_size // plan.parts
-    tries = [f"a batch of {plan.parts} rows"] if rows > 1 else []
+    rows = plan.batch_size // (plan.parts * plan.accumulate)
+    of_rows = f"{rows * plan.accumulate} microbatches" if plan.phase == "train" else f"a batch of {plan.parts} rows"
+    tries = [of_rows] if rows > 1 else []
     tries += ["recompute='block'"] if plan.phase == "train" and plan.recompute != "block" else []
     return ", ".join([*tries, f"rows shorter than {plan.sequence_length} tokens", "a configuration with more chips"])
 

@@ -13,15 +13,23 @@ from keras_gemma.training import training_flops_per_token
 SETTINGS = {"sequence_length": 64, "batch_size": 2, "dtype": "float32"}
 
 
+CHIP = {"flops": 1e12, "memory_bandwidth": 1e11, "link_bandwidth": 1e10, "pod_bandwidth": 1e9}
+
+
+@pytest.fixture(scope="module")
+def model_of_plan():
+    from keras_gemma import GemmaCausalLM
+
+    return GemmaCausalLM.from_preset("gemma_tiny_en", dtype="float32")
+
+
 @pytest.fixture(scope="module")
 def made():
     return plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], **SETTINGS)
 
 
-def test_a_plan_of_the_bundled_preset(made):
-    from keras_gemma import GemmaCausalLM
-
-    model = GemmaCausalLM.from_preset("gemma_tiny_en", dtype="float32")
+def test_a_plan_of_the_bundled_preset(made, model_of_plan):
+    model = model_of_plan
     weights = sum(variable.numpy().nbytes for variable in model.backbone.variables)
     assert made.fits
     # Metrics and random generators besides.
@@ -39,6 +47,31 @@ def test_a_plan_of_the_bundled_preset(made):
 def test_without_recomputation_there_is_less_to_do(made):
     kept = plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], recompute="none", **SETTINGS)
     assert kept.executed_flops < made.executed_flops
+
+
+def test_microbatches_take_less_memory(made):
+    cut = plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], accumulate=2, **SETTINGS)
+    assert cut.accumulate == 2 and "2 microbatches" in str(cut)
+    assert cut.model_flops == made.model_flops
+
+
+def test_a_plan_of_prefill(model_of_plan):
+    made = plan("gemma_tiny_en", "local_model", 64, 3, phase="prefill", dtype="float32", devices=jax.devices()[:1])
+    backbone = model_of_plan.backbone
+    per_column = 2 * backbone.num_key_value_heads * backbone.head_dim * 4
+    assert made.memory["cache"] == 3 * 64 * per_column * backbone.num_layers + 3 * 4
+    assert made.memory["weights"] == sum(variable.numpy().nbytes for variable in backbone.variables)
+    # The last block gives keys and values only; attention looks at what is masked too.
+    assert 1.0 < made.executed_flops / made.model_flops < 1.5
+
+
+def test_a_plan_of_decoding(model_of_plan):
+    # `generate` rounds up: 5 rows to 6, and 200 columns to 256.
+    made = plan("gemma_tiny_en", "local_model", 200, 5, dtype="float32", devices=jax.devices()[:1])
+    assert (made.phase, made.batch_size, made.sequence_length) == ("decode", 6, 256)
+    # One token for each row, with logits and all columns of the cache.
+    assert made.executed_flops == pytest.approx(made.model_flops, rel=0.05)
+    assert "a token for each row" in str(dataclasses.replace(made, seconds={"compute": 1.0}, chip=CHIP))
 
 
 def test_a_plan_leaves_nothing_behind(made):
@@ -60,6 +93,9 @@ def test_a_plan_is_read_by_people_and_programs(made):
         ({"config": "gemma_3b"}, "Configurations are gemma_2b_v5e_8"),
         ({"config": "local_data"}, "give `devices`"),
         ({"config": "gemma_2b_v5e_16", "batch_size": 5}, "into 16 parts"),
+        ({"config": "gemma_2b_v5e_16", "batch_size": 16, "accumulate": 2}, "2 microbatches"),
+        ({"config": "gemma_2b_v5e_16", "model": 3}, "has 16"),
+        ({"config": "gemma_2b_v5e_16", "phase": "sleep"}, "Phases are train, prefill, decode"),
     ],
 )
 def test_what_cannot_be_planned(arguments, message, monkeypatch):
@@ -75,13 +111,13 @@ def _sixteen_devices():
 def test_the_command(monkeypatch, capsys, made):
     given = {}
     monkeypatch.setattr("keras_gemma.planning.plan", lambda *arguments, **options: given.update(options) or made)
-    assert cli.main(["plan", "--json", "--context", "4"]) == 0
-    assert given == {"context": 4}
+    assert cli.main(["plan", "--json", "--context", "4", "--model", "2", "--accumulate", "3"]) == 0
+    assert given == {"context": 4, "model": 2, "accumulate": 3}
     assert json.loads(capsys.readouterr().out)["configuration"] == "local_data"
 
 
 def test_a_picture(tmp_path, made):
-    known = dataclasses.replace(made, memory_limit=16.0 * 2**30, seconds={"compute": 1.0, "memory": 0.5})
+    known = dataclasses.replace(made, memory_limit=16.0 * 2**30, seconds={"compute": 1.0, "memory": 0.5}, chip=CHIP)
     for one in (made, known):
         one.plot(tmp_path / "plan.png")
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
