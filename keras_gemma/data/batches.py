@@ -241,6 +241,8 @@ class PreprocessedDataset(keras.utils.PyDataset):
 class GrainBatches(keras.utils.PyDataset):
     """A finite Grain `MapDataset` of batches. Knowing the length, Keras starts each epoch from its beginning."""
 
+    of_own_share = True
+
     def __init__(self, dataset, preprocess):
         super().__init__()
         self._dataset = dataset

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 
+from keras_gemma.distribution import share_of_data
 from keras_gemma.data.train_extra import required
 
 SHARE_UNITS = 10**6
@@ -47,7 +47,8 @@ def mixture(sources, stages, seed=0, host_index=None, host_count=None, shuffle=T
         sources: dict from name to a finite `grain.MapDataset` of single examples.
         stages: list of `Stage`; or a dict of weights for a single stage without end.
         seed: int, of all orders.
-        host_index, host_count: this host's number and that of all. By default JAX' process, on the JAX backend.
+        host_index, host_count: this host's number and that of all. By default `distribution.share_of_data()`, so the
+            distribution has to be set before; hosts whose devices hold the same rows get the same examples.
         shuffle: bool. `False` keeps the order of the sources.
 
     Returns:
@@ -86,16 +87,10 @@ def _hosts(host_index, host_count):
     if (host_index is None) != (host_count is None):
         raise ValueError("`host_index` and `host_count` go together. Received one of them.")
     if host_index is None:
-        return _jax_hosts() if keras.backend.backend() == "jax" else (0, 1)
+        return share_of_data()
     if not 0 <= host_index < host_count:
         raise ValueError(f"`host_index` counts from 0 up to `host_count`. Received: {host_index} of {host_count}")
     return host_index, host_count
-
-
-def _jax_hosts():
-    import jax
-
-    return jax.process_index(), jax.process_count()
 
 
 def _check_stages(sources, stages, host_count):

@@ -95,6 +95,7 @@ class IndexedBatches(keras.utils.PyDataset):
         super().__init__()
         self._source = source
         self._endless = endless
+        self.of_own_share = isinstance(source, GrainBatches)
         self._by_example = isinstance(source, ExampleBatches)
         self._orders = source.orders if self._by_example else Orders(len(source), shuffle)
         self._dataset = getattr(source, "dataset", None)

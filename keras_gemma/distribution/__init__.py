@@ -4,7 +4,9 @@ layouts         a table: which axis of a weight is cut along which axis of the m
 meshes          which device stands where
 pods            a `keras.distribution` of pods: replica × data × model, or replica × data × context × model
 configurations  the table below
+processes       several hosts: how they meet, which rows are whose
 filled_up       batches whose rows a mesh divides
+whole           arrays that are spread over hosts, in one piece: to look at, and to be written to files
 
     import keras
     from keras_gemma.distribution import gemma_2b_v5e_512
@@ -58,11 +60,17 @@ from keras_gemma.distribution.configurations import SERVING
 from keras_gemma.distribution.configurations import Configuration
 from keras_gemma.distribution.configurations import configuration
 from keras_gemma.distribution.filled_up import filled_up
+from keras_gemma.distribution.filled_up import is_own_share
 from keras_gemma.distribution.filled_up import own_rows
 from keras_gemma.distribution.layouts import check_weights
 from keras_gemma.distribution.layouts import layout_map
 from keras_gemma.distribution.layouts import shapes_of_weights
 from keras_gemma.distribution.pods import PodParallel
+from keras_gemma.distribution.processes import initialize
+from keras_gemma.distribution.processes import share_of_data
+from keras_gemma.distribution.whole import whole
+from keras_gemma.distribution.whole import with_whole_outputs
+from keras_gemma.distribution.whole import written_once
 
 globals().update(CONFIGURATIONS)
 
@@ -85,9 +93,15 @@ __all__ = [
     "check_weights",
     "configuration",
     "filled_up",
+    "initialize",
+    "is_own_share",
     "layout_map",
     "own_rows",
     "plan",
     "shapes_of_weights",
+    "share_of_data",
+    "whole",
+    "with_whole_outputs",
+    "written_once",
     *CONFIGURATIONS,
 ]

@@ -1,58 +1,98 @@
-"""Batches filled up with rows that count for nothing, so that the devices of a mesh can share them."""
+"""Batches filled up with rows that count for nothing, so that the devices of a mesh can share them, and cut apart so
+that each process has the rows of its own devices.
+
+    the same batches on every process → filled up → own rows ┐
+    each process' own share           → filled up ───────────┴→ Keras, which puts them together
+"""
+
+import contextlib
+import warnings
+import zlib
 
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters import is_grain_dataset
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from keras_gemma.distribution.layouts import size_of
+from keras_gemma.distribution.processes import rows_of_batches
 
 
-def filled_up(batches, shuffle=False, class_weight=None):
+def filled_up(batches, shuffle=False, class_weight=None, steps=None):
     """Batches whose number of rows the devices of the current `keras.distribution` divide.
 
     The rows that fill a batch up are padding throughout and have no weight.
 
+    With several processes the batches are the same on all of them and each process keeps the rows of its own devices;
+    unless they are Grain data sets, or the distribution has `auto_shard_dataset=False`: then each process hands over
+    its own share of every batch, as many rows as the others, and trains on all of that.
+
     Args:
         batches: what `preprocessed` or `packed` returned.
         shuffle, class_weight: as of `keras.Model.fit`, which would have passed them on.
+        steps: optional int, how many batches are drawn. Without it, processes that read their own share of unknown
+            length wait for each other before each batch, and one that has come to its end goes on with no rows.
 
     Returns:
         What `keras.Model.fit` takes as `x`; `batches` themselves where every number of rows can be divided.
     """
-    multiple = _rows_multiple()
-    if multiple == 1:
+    rows = rows_of_batches()
+    if rows is None or rows.block_count == len(rows.blocks) == 1:
         return batches
-    return FilledUp(get_data_adapter(batches, shuffle=shuffle, class_weight=class_weight), multiple)
+    source = _adapter(batches, shuffle, class_weight)
+    if len(rows.blocks) == 1:
+        return FilledUp(source, rows.block_count)
+    if is_own_share(batches):
+        return OwnShares(source, rows, in_step=source.num_batches is None and steps is None)
+    return OwnRows(source, rows)
+
+
+def is_own_share(batches):
+    """Whether batches are the share of this process, and not the same on all processes."""
+    distribution = keras.distribution.distribution()
+    cut_here = distribution is not None and distribution.auto_shard_dataset
+    return not cut_here or is_grain_dataset(batches) or getattr(batches, "of_own_share", False)
 
 
 def own_rows(batches, predictions):
-    """Predictions `[rows, …]` for what `filled_up` returned, without those for the rows that it added."""
+    """Predictions `[rows, …]` for what `filled_up` returned, without those for the rows that it added.
+
+    On several processes all rows of batches that are the same on all, and of a process' own share its own.
+    """
     if not isinstance(batches, FilledUp):
         return predictions
-    own = np.concatenate([np.arange(total) < own for own, total in batches.rows])
-    return keras.tree.map_structure(lambda x: x[own[: len(x)]], predictions)
+    starts = np.cumsum([0] + [total for _, total in batches.rows[:-1]])
+    own = np.concatenate([start + own for start, (own, _) in zip(starts, batches.rows)])
+    return keras.tree.map_structure(lambda x: x[own[own < len(x)]], predictions)
 
 
-def _rows_multiple():
-    """What divides the rows of every batch that this process draws."""
+def _adapter(batches, shuffle, class_weight):
+    with _cut_by_nobody_else():
+        return get_data_adapter(batches, shuffle=shuffle, class_weight=class_weight)
+
+
+@contextlib.contextmanager
+def _cut_by_nobody_else():
+    # Keras cuts `tf.data` alone, and only batches that the number of processes divides; anything else it refuses.
     distribution = keras.distribution.distribution()
-    if distribution is None:
-        return 1
-    shards = size_of(distribution.device_mesh, distribution.get_data_layout((1,)).axes[0])
-    # Each process draws its own share of the rows; where it has no device of its own, those that share one draw alike.
-    return max(1, shards // distribution.num_processes)
+    before = distribution.auto_shard_dataset
+    distribution.auto_shard_dataset = False
+    try:
+        yield
+    finally:
+        distribution.auto_shard_dataset = before
 
 
 class FilledUp(DataAdapter):
-    """What Keras draws batches from.
+    """What Keras draws batches from, in one process.
 
     Args:
         source: the `DataAdapter` of the batches as they are.
-        multiple: int.
+        multiple: int, what divides the rows of every batch afterwards.
 
     Attributes:
-        rows: list of pairs, how many rows each batch of the present pass had and has.
+        rows: list of pairs: of each batch of the present pass the numbers of the rows that were there before, and how
+            many rows it has on all processes together.
     """
 
     def __init__(self, source, multiple):
@@ -63,11 +103,10 @@ class FilledUp(DataAdapter):
     def get_jax_iterator(self):
         self.rows = rows = []
         for batch in self._source.get_jax_iterator():
-            batch = _with_weights(batch)
-            own = len(next(leaf for leaf in keras.tree.flatten(batch) if leaf is not None))
-            missing = -own % self._multiple
-            rows.append((own, own + missing))
-            yield _with_rows_of_zeros(batch, missing) if missing else batch
+            own = count_rows(batch)
+            total = own + -own % self._multiple
+            rows.append((np.arange(own), total))
+            yield _with_rows_of_zeros(_with_weights(batch), total - own)
 
     @property
     def num_batches(self):
@@ -94,6 +133,152 @@ class FilledUp(DataAdapter):
         self._source.on_epoch_end()
 
 
+class OwnRows(FilledUp):
+    """The rows of this process' devices, of batches that are the same on all processes."""
+
+    def __init__(self, source, rows):
+        super().__init__(source, rows.block_count)
+
+    def get_jax_iterator(self):
+        for number, batch in enumerate(super().get_jax_iterator()):
+            if number == 0:
+                self._refuse_different(batch)
+            yield _own_parts(batch, self.rows[-1][1])
+
+    def _refuse_different(self, batch):
+        if not _all_equal(_gathered(batch, self.num_batches)):
+            raise ValueError(
+                "With `auto_shard_dataset=True` every process hands over the same batches, of which it trains its own "
+                "rows. Received: different ones. Let the processes shuffle alike (`keras_gemma.distribution.initialize` "
+                "or `keras.utils.set_random_seed`); where each of them reads a share of its own, make the distribution "
+                "with `auto_shard_dataset=False`"
+            )
+
+
+class OwnShares(FilledUp):
+    """Batches of which each process has its own share, all made as large as the first one."""
+
+    def __init__(self, source, rows, in_step):
+        import jax
+
+        self._places = rows.blocks[jax.process_index()]
+        self._block_count = rows.block_count
+        self._shares = rows.shares
+        self._in_step = in_step
+        super().__init__(source, len(self._places))
+
+    def get_jax_iterator(self):
+        self.rows = rows = []
+        total = None
+        for batch in self._drawn():
+            batch, own = _with_weights(batch), count_rows(batch)
+            if total is None:
+                total = own + -own % self._multiple
+                self._refuse_uneven(batch, total)
+            if own > total:
+                raise ValueError(
+                    "Of a share that a process reads, no batch is larger than the first. "
+                    f"Received: {own} rows after {total}"
+                )
+            of_all = total // self._multiple * self._block_count
+            rows.append((self._in_all_rows(np.arange(own), total), of_all))
+            yield _own_parts(_with_rows_of_zeros(batch, total - own), of_all)
+
+    def _drawn(self):
+        batches = self._source.get_jax_iterator()
+        return _in_step(batches) if self._in_step else batches
+
+    def _in_all_rows(self, numbers, total):
+        """The numbers that rows have in the batch of all processes."""
+        size = total // self._multiple
+        return np.array(self._places)[numbers // size] * size + numbers % size
+
+    def _refuse_uneven(self, batch, total):
+        gathered = _gathered(batch, self.num_batches, total)
+        sizes = gathered[:, 1:]
+        if not _all_equal(sizes):
+            raise ValueError(
+                "Every process reads as many rows as the others. Received, as (batches + 1, rows of the first batch): "
+                f"{', '.join(str(tuple(map(int, size))) for size in sizes)}"
+            )
+        digests = gathered[:, 0]
+        first_of_share = digests[[self._shares.index(share) for share in self._shares]]
+        if (digests != first_of_share).any():
+            raise ValueError(
+                "Processes whose devices hold the same rows read the same share of the data: make it with "
+                "`keras_gemma.distribution.share_of_data()`, and the mixture after `set_distribution`. "
+                f"Received: different ones on processes of the shares {self._shares}"
+            )
+        if _all_equal(digests) and self._multiple < self._block_count:
+            warnings.warn(
+                "Every process reads the same batch and trains on all of it. Let each take its own share: "
+                "`index, count = keras_gemma.distribution.share_of_data()`, `examples[index::count]`.",
+                stacklevel=2,
+            )
+
+
+def _in_step(batches):
+    """Batches as long as any process has one; those that have none go on with rows of zeros."""
+    from jax.experimental import multihost_utils
+
+    last = None
+    while True:
+        batch = next(batches, None)
+        if not multihost_utils.process_allgather(np.array(batch is not None)).any():
+            return
+        if batch is None and last is None:
+            raise ValueError("Every process reads at least one batch. Received: none on this one")
+        if batch is not None:
+            last = batch
+            yield batch
+        else:
+            yield keras.tree.map_structure(lambda x: None if x is None else np.asarray(x)[:0], last)
+
+
+def count_rows(batch):
+    """How many rows a batch has."""
+    return len(next(leaf for leaf in keras.tree.flatten(batch) if leaf is not None))
+
+
+def _own_parts(batch, row_count):
+    return keras.tree.map_structure(lambda array: _own_part(array, row_count), batch)
+
+
+def _own_part(array, row_count):
+    """What the devices of this process hold of an array, or of one whose rows it has already.
+
+    Args:
+        array: array `[rows, …]` or `None`.
+        row_count: int, rows on all processes together. Where `array` has fewer, no more are cut away, but columns may
+            be.
+    """
+    if array is None:
+        return None
+    shape = (row_count, *array.shape[1:])
+    layout = keras.distribution.distribution().get_data_layout(shape).backend_layout
+    held = layout.addressable_devices_indices_map(shape).values()
+    for axis in range(len(shape)):
+        pieces = sorted({piece[axis].indices(shape[axis])[:2] for piece in held})
+        if pieces != [(0, shape[axis])] and (axis > 0 or len(array) == row_count):
+            array = np.take(array, np.concatenate([np.arange(*piece) for piece in pieces]), axis)
+    return array
+
+
+def _gathered(batch, *numbers):
+    """For each process a digest of the batch and the numbers, `None` as 0: uint32 `[processes, 1 + numbers]`."""
+    from jax.experimental import multihost_utils
+
+    digest = 0
+    for leaf in keras.tree.flatten(batch):
+        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest) if leaf is not None else digest
+    numbers = [0 if number is None else number + 1 for number in numbers]
+    return multihost_utils.process_allgather(np.array([digest, *numbers], "uint32"))
+
+
+def _all_equal(gathered):
+    return bool((gathered == gathered[0]).all())
+
+
 def _with_weights(batch):
     """The batch with ones where it has targets and no weights: added rows, which have zeros, must be told from them."""
     x, y, weights = keras.utils.unpack_x_y_sample_weight(batch)
@@ -103,6 +288,9 @@ def _with_weights(batch):
 
 
 def _with_rows_of_zeros(batch, count):
+    if not count:
+        return batch
+
     def extended(array):
         return None if array is None else np.pad(array, [(0, count), *[(0, 0)] * (np.ndim(array) - 1)])
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_gemma import kernels
+from keras_gemma.distribution import whole
 from keras_gemma.generation import decode
 from keras_gemma.generation import prefill
 from keras_gemma.generation import sampling
@@ -81,7 +82,7 @@ class Decoding:
     @property
     def longest(self):
         """The column at which the last row ends, as far as is known."""
-        return int(np.max(to_numpy(self.end_column)))
+        return int(np.max(whole(self.end_column)))
 
     @property
     def finished(self):
@@ -89,8 +90,8 @@ class Decoding:
 
     def new_ids(self):
         """The new token ids of every row so far, a list of lists."""
-        ends = np.minimum(to_numpy(self.end_column), int(self.column))
-        tokens = to_numpy(self.tokens)
+        ends = np.minimum(whole(self.end_column), int(self.column))
+        tokens = whole(self.tokens)
         return [tokens[row, self.prompt_length : ends[row]].tolist() for row in range(self.rows)]
 
 
@@ -259,18 +260,13 @@ class Engine:
             _scalar(length),
             request.sampler_values,
         )
-        rows = to_numpy(tokens)[: len(request.prompts), length:]
+        rows = whole(tokens)[: len(request.prompts), length:]
         return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, request.new_tokens)], sampler_values
 
     def _program(self, key, make, donated=()):
         if key not in self.programs:
             self.programs[key] = Program(make(), donated)
         return self.programs[key]
-
-
-def to_numpy(x):
-    # A copy: on a CPU, JAX would show NumPy memory that a later program takes over.
-    return np.array(ops.convert_to_numpy(x))
 
 
 def _right_aligned(prompts):

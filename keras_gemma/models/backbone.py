@@ -323,9 +323,13 @@ class GemmaBackbone(keras_hub.models.Backbone):
         """
         return checkpoints.load_backbone(cls, preset, load_weights=load_weights, **kwargs)
 
+    @distribution.written_once
     def save_to_preset(self, preset_dir, max_shard_size=10):
         """Saves the backbone as a preset. See `GemmaCausalLM.save_to_preset`."""
         checkpoints.save_backbone(self, preset_dir, max_shard_size=max_shard_size)
+
+    save_weights = distribution.written_once(keras_hub.models.Backbone.save_weights)
+    save_lora_weights = distribution.written_once(keras_hub.models.Backbone.save_lora_weights)
 
 
 def _check_training_settings(recompute, scan_layers):

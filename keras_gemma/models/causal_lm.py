@@ -262,23 +262,28 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
         if validation_data is not None:
-            validation_data = distribution.filled_up(validation_data)
+            validation_data = distribution.filled_up(validation_data, steps=kwargs.get("validation_steps"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
-        x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"))
+        x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
         return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
-            x = distribution.filled_up(x)
+            x = distribution.filled_up(x, steps=kwargs.get("steps"))
         return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`."""
-        batches = distribution.filled_up(self._batches(x, None, None, batch_size))
+        batches = distribution.filled_up(self._batches(x, None, None, batch_size), steps=kwargs.get("steps"))
         return distribution.own_rows(batches, keras.Model.predict(self, batches, **kwargs))
+
+    def make_predict_function(self, force=False):
+        if self.predict_function is None or force:
+            super().make_predict_function(force)
+            self.predict_function = distribution.with_whole_outputs(self.predict_function)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None):
         """Logits or losses of given tokens, with a look at every layer on the way.
@@ -538,6 +543,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         return checkpoints.load_task(cls, preset, load_weights=load_weights, **kwargs)
 
+    @distribution.written_once
     def save_to_preset(self, preset_dir, max_shard_size=10):
         """Saves model and preprocessor as a preset, which `keras_hub.models.GemmaCausalLM` loads as well.
 
@@ -552,6 +558,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             ValueError: for what cannot be saved, before anything is touched.
         """
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
+
+    save_weights = distribution.written_once(keras_hub.models.CausalLM.save_weights)
 
 
 def _warn_of_weights_that_cannot_move(model):

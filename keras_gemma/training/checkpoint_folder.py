@@ -157,15 +157,12 @@ class CheckpointFolder:
                 path.rmtree()
 
     def read(self, step):
-        """What `save` was given as `run` and, by this process, as `host`.
-
-        Raises:
-            DamagedCheckpointError: if this process has written none.
-        """
+        """What `save` was given as `run` and, by this process, as `host`; by the first if there were fewer."""
         folder = self.path / str(step)
         run = json.loads((folder / "run" / "run.json").read_text())
-        host = folder / "hosts" / f"process_{jax.process_index()}.json"
-        return run, json.loads(host.read_text()) if host.exists() else None
+        own = folder / "hosts" / f"process_{jax.process_index()}.json"
+        host = own if own.exists() else folder / "hosts" / "process_0.json"
+        return run, json.loads(host.read_text())
 
     def read_variables(self, step, like):
         """The arrays of a checkpoint.

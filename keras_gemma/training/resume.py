@@ -35,6 +35,9 @@ class ExactResume(keras.callbacks.Callback):
 
     The optimizer's learning rate, where it is a number, comes from the checkpoint as well; a schedule may be changed.
 
+    Several processes call `fit` alike. A run may go on with another mesh or another number of processes, then exact
+    but for rounding; where each reads a share of its own (see `GemmaCausalLM.fit`), with as many shares as before.
+
     With `steps_per_epoch` passes over the data follow each other without regard to epochs.
 
     Args:
@@ -119,7 +122,7 @@ class ExactResume(keras.callbacks.Callback):
         )
         self.in_use = True
         try:
-            rows = distribution.filled_up(batches, class_weight=kwargs.get("class_weight"))
+            rows = distribution.filled_up(batches, class_weight=kwargs.get("class_weight"), steps=steps_per_epoch)
             history = keras.Model.fit(model, rows, callbacks=run, shuffle=False, verbose=verbose, **kwargs)
             self.folder.wait()
             return history
@@ -138,7 +141,7 @@ class ExactResume(keras.callbacks.Callback):
         path = self.folder.path / str(step)
         run, host = self.folder.read(step)
         run_state.refuse_foreign(path, run["identity"], settings)
-        run_state.refuse_foreign(path, host["data"], batches.fingerprint())
+        run_state.refuse_foreign(path, host["data"], _about(batches))
         checkpoint = Checkpoint(step, run, host)
         try:
             batches.restore(host["batches"], checkpoint.place)
@@ -278,7 +281,7 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
             "callback_arrays": {name: [array.shape, str(array.dtype)] for name, array in arrays.items()},
         }
         host = {
-            "data": self._batches.fingerprint(),
+            "data": _about(self._batches),
             "batches": self._batches.state(self._place),
             "random": run_state.random_state(),
         }
@@ -292,6 +295,12 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
             return
         what = "a weight" if math.isfinite(loss) else "the loss"
         raise NonFiniteLossError(f"{what} has become NaN or infinite by", self._place.step, *self._last)
+
+
+def _about(batches):
+    """What has to be equal of the data: a share of its own goes on with the same share alone."""
+    is_own_share = distribution.is_own_share(batches)
+    return {**batches.fingerprint(), "share": list(distribution.share_of_data()) if is_own_share else [0, 1]}
 
 
 def _has_own_state(callback):

@@ -4,7 +4,6 @@ import copy
 import random
 import re
 
-import jax
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
@@ -13,7 +12,7 @@ from keras.src.random import seed_generator
 import keras_gemma
 from keras_gemma.training.errors import ForeignCheckpointError
 
-FORMAT = 2
+FORMAT = 3
 GROUPS = ("trainable_variables", "non_trainable_variables", "metrics_variables")
 
 
@@ -79,7 +78,6 @@ def settings(model, steps_per_epoch):
         "format": FORMAT,
         "backend": keras.backend.backend(),
         "optimizer": type(model.optimizer).__name__,
-        "processes": jax.process_count(),
         "steps_per_epoch": steps_per_epoch,
         "steps_per_execution": model.steps_per_execution,
         "gradient_accumulation_steps": getattr(model, "gradient_accumulation_steps", 1),
