@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keras_gemma.distribution import share_of_data
 from keras_gemma.data.train_extra import required
+from keras_gemma.distribution import share_of_data
 
 SHARE_UNITS = 10**6
 

@@ -146,12 +146,12 @@ class OwnRows(FilledUp):
             yield _own_parts(batch, self.rows[-1][1])
 
     def _refuse_different(self, batch):
-        if not _all_equal(_gathered(batch, self.num_batches)):
+        if not _all_equal(_gathered(_digest(batch), self.num_batches or 0)):
             raise ValueError(
                 "With `auto_shard_dataset=True` every process hands over the same batches, of which it trains its own "
-                "rows. Received: different ones. Let the processes shuffle alike (`keras_gemma.distribution.initialize` "
-                "or `keras.utils.set_random_seed`); where each of them reads a share of its own, make the distribution "
-                "with `auto_shard_dataset=False`"
+                "rows. Received: different ones. Let the processes shuffle alike (by "
+                "`keras_gemma.distribution.initialize` or `keras.utils.set_random_seed`); where each of them reads a "
+                "share of its own, make the distribution with `auto_shard_dataset=False`"
             )
 
 
@@ -169,39 +169,47 @@ class OwnShares(FilledUp):
 
     def get_jax_iterator(self):
         self.rows = rows = []
-        total = None
-        for batch in self._drawn():
-            batch, own = _with_weights(batch), count_rows(batch)
-            if total is None:
-                total = own + -own % self._multiple
-                self._refuse_uneven(batch, total)
-            if own > total:
-                raise ValueError(
-                    "Of a share that a process reads, no batch is larger than the first. "
-                    f"Received: {own} rows after {total}"
-                )
+        for batch, own, largest in self._with_largest():
+            total = largest + -largest % self._multiple
+            if not rows:
+                self._refuse_other_shares(batch)
             of_all = total // self._multiple * self._block_count
             rows.append((self._in_all_rows(np.arange(own), total), of_all))
-            yield _own_parts(_with_rows_of_zeros(batch, total - own), of_all)
+            yield _own_parts(_with_rows_of_zeros(_with_weights(batch), total - own), of_all)
 
-    def _drawn(self):
-        batches = self._source.get_jax_iterator()
-        return _in_step(batches) if self._in_step else batches
+    def _with_largest(self):
+        """Batches, how many rows they have, and how many the largest on any process has."""
+        if self._in_step:
+            yield from _in_step(self._source.get_jax_iterator())
+            return
+        largest = None
+        for batch in self._source.get_jax_iterator():
+            own = count_rows(batch)
+            if largest is None:
+                largest = own
+                self._refuse_uneven(own)
+            if own > largest:
+                raise ValueError(
+                    "Where each process reads its own share, no batch is larger than the first. "
+                    f"Received: {own} rows after {largest}"
+                )
+            yield batch, own, largest
 
     def _in_all_rows(self, numbers, total):
         """The numbers that rows have in the batch of all processes."""
         size = total // self._multiple
         return np.array(self._places)[numbers // size] * size + numbers % size
 
-    def _refuse_uneven(self, batch, total):
-        gathered = _gathered(batch, self.num_batches, total)
-        sizes = gathered[:, 1:]
+    def _refuse_uneven(self, own):
+        sizes = _gathered(own, self.num_batches or 0)
         if not _all_equal(sizes):
             raise ValueError(
-                "Every process reads as many rows as the others. Received, as (batches + 1, rows of the first batch): "
+                "Every process reads as many rows as the others. Received, as (rows of a batch, batches): "
                 f"{', '.join(str(tuple(map(int, size))) for size in sizes)}"
             )
-        digests = gathered[:, 0]
+
+    def _refuse_other_shares(self, batch):
+        digests = _gathered(_digest(batch))[:, 0]
         first_of_share = digests[[self._shares.index(share) for share in self._shares]]
         if (digests != first_of_share).any():
             raise ValueError(
@@ -209,7 +217,7 @@ class OwnShares(FilledUp):
                 "`keras_gemma.distribution.share_of_data()`, and the mixture after `set_distribution`. "
                 f"Received: different ones on processes of the shares {self._shares}"
             )
-        if _all_equal(digests) and self._multiple < self._block_count:
+        if _all_equal(digests) and max(self._shares) > 0:
             warnings.warn(
                 "Every process reads the same batch and trains on all of it. Let each take its own share: "
                 "`index, count = keras_gemma.distribution.share_of_data()`, `examples[index::count]`.",
@@ -218,21 +226,21 @@ class OwnShares(FilledUp):
 
 
 def _in_step(batches):
-    """Batches as long as any process has one; those that have none go on with rows of zeros."""
-    from jax.experimental import multihost_utils
+    """Batches as long as any process has one, how many rows they have, and how many the largest on any process has.
 
-    last = None
+    A process that has come to its end goes on with no rows.
+    """
+    batches, empty = iter(batches), None
     while True:
         batch = next(batches, None)
-        if not multihost_utils.process_allgather(np.array(batch is not None)).any():
+        sizes = _gathered(0 if batch is None else count_rows(batch))
+        if not sizes.any():
             return
-        if batch is None and last is None:
-            raise ValueError("Every process reads at least one batch. Received: none on this one")
-        if batch is not None:
-            last = batch
-            yield batch
-        else:
-            yield keras.tree.map_structure(lambda x: None if x is None else np.asarray(x)[:0], last)
+        # Keras has made sure of a first batch.
+        if empty is None:
+            empty = keras.tree.map_structure(lambda x: None if x is None else np.asarray(x)[:0], batch)
+        batch = empty if batch is None else batch
+        yield batch, count_rows(batch), int(sizes.max())
 
 
 def count_rows(batch):
@@ -264,15 +272,18 @@ def _own_part(array, row_count):
     return array
 
 
-def _gathered(batch, *numbers):
-    """For each process a digest of the batch and the numbers, `None` as 0: uint32 `[processes, 1 + numbers]`."""
-    from jax.experimental import multihost_utils
-
+def _digest(batch):
     digest = 0
     for leaf in keras.tree.flatten(batch):
         digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest) if leaf is not None else digest
-    numbers = [0 if number is None else number + 1 for number in numbers]
-    return multihost_utils.process_allgather(np.array([digest, *numbers], "uint32"))
+    return digest
+
+
+def _gathered(*numbers):
+    """The numbers of every process: uint32 `[processes, numbers]`."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.array(numbers, "uint32"))
 
 
 def _all_equal(gathered):

@@ -8,9 +8,11 @@ from keras.src.utils import rng_utils
 
 from keras_gemma.distribution.layouts import size_of
 
+SECONDS_TO_MEET = 300
 # A process that is not heard of for so long is taken for dead, and the others stop.
 SECONDS_TO_NOTICE = 30
-SECONDS_TO_MEET = 300
+# So long a process that has come to its end, or to an error, waits for the others to do so; then all stop.
+SECONDS_TO_PART = 45
 
 
 def initialize(
@@ -19,12 +21,13 @@ def initialize(
     process_id=None,
     initialization_timeout=SECONDS_TO_MEET,
     heartbeat_timeout_seconds=SECONDS_TO_NOTICE,
+    shutdown_timeout_seconds=SECONDS_TO_PART,
 ):
     """Joins the other processes of a job; returns when all are there. Before anything else that touches a device.
 
-    `jax.distributed.initialize` for training: a process that dies makes the others end with an error, whatever they
-    are waiting for, within `heartbeat_timeout_seconds` and not after minutes; and all processes have one random seed,
-    so that they initialise and shuffle alike.
+    `jax.distributed.initialize` for training. A process that dies, or ends with an error, makes the others end with an
+    error within a minute, whatever they are waiting for: JAX by itself takes two to five. And all processes have one
+    random seed, so that they initialise and shuffle alike.
 
     Args:
         coordinator_address: string `"host:port"`, where process 0 can be reached.
@@ -32,6 +35,7 @@ def initialize(
         process_id: int, from 0.
         initialization_timeout: int, seconds to wait until all are there.
         heartbeat_timeout_seconds: int, after which a process that is not heard of is dead.
+        shutdown_timeout_seconds: int, by which processes may come to their ends one after the other.
 
         The first three are left out where JAX finds them in its surroundings: on TPU pods, GKE, Slurm and Open MPI.
         Where there is nothing to be found this process is the only one.
@@ -56,6 +60,7 @@ def initialize(
             **where,
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=shutdown_timeout_seconds,
         )
     except ValueError as error:
         if not missing or "coordinator_address should be defined" not in str(error):

@@ -26,6 +26,7 @@ def whole(x):
 
 def with_whole_outputs(predict_function):
     """A predict function of Keras whose outputs are whole on every process."""
+
     def predict(state, iterator):
         outputs, state = predict_function(state, iterator)
         return keras.tree.map_structure(lambda x: whole(x) if _is_spread(x) else x, outputs), state

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import keras
 import pytest
 
 # Programs are run a few times only: compiling them fast is what counts.
-XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+XLA_FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
 FOLDER = Path(__file__).parent
 
 
@@ -18,9 +19,34 @@ def on_eight_devices():
         pytest.skip("Only JAX distributes.")
 
     def run(*names, file="eight_devices.py"):
-        environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": XLA_FLAGS}
+        environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": XLA_FLAGS.format(8)}
         command = [sys.executable, FOLDER / file, *names]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
+
+    return run
+
+
+@pytest.fixture
+def on_processes(tmp_path):
+    """`on_processes(count, *names, devices=2)` runs checks of `processes.py` in processes with so many devices each."""
+
+    def run(count, *names, devices=2):
+        environment = {
+            **os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS.format(devices)
+        }  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs = [tmp_path / f"process_{process}.txt" for process in range(count)]
+        started = []
+        for process, log in enumerate(logs):
+            command = [sys.executable, FOLDER / "processes.py", tmp_path, str(port), str(count), str(process), *names]
+            with log.open("w") as file:
+                started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        statuses = [process.wait(timeout=900) for process in started]
+        output = "\n\n".join(log.read_text() for log in logs)
+        print(output)
+        assert not any(statuses), output
 
     return run
