@@ -28,6 +28,7 @@ from keras_gemma import startup
 startup.leave_out_tensorflow()
 
 import keras
+from tiny.options import named
 from tiny.standard_library import prose_and_code
 
 from keras_gemma import GemmaBackbone
@@ -132,16 +133,6 @@ def main(options):
     for prompt in PROMPTS:
         print(f"\n--- {prompt!r} continued")
         print(model.generate(prompt, max_new_tokens=40, sampler="top_k", seed=1))
-
-
-def named(convert):
-    def pair(text):
-        name, _, value = text.partition("=")
-        if not (name and value):
-            raise argparse.ArgumentTypeError(f"NAME=VALUE is expected. Received: {text!r}")
-        return name, convert(value)
-
-    return pair
 
 
 def parsed_options():

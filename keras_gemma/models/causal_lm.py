@@ -246,8 +246,19 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             y, batch_size, sample_weight, validation_data, validation_split, validation_batch_size, **kwargs: as of
                 `keras.Model.fit`.
 
+        Several processes (see `keras_gemma.distribution.initialize`) call `fit` alike. Lists, arrays, `PyDataset`,
+        `tf.data`, generators and `DataLoader`s are the same on all of them, `batch_size` counts the rows of all, and
+        each process trains the rows of its own devices. A Grain data set is the share of this process, as
+        `data.mixture` makes it, and so is anything under a distribution with `auto_shard_dataset=False`: batches count
+        its own rows, and a data set of one's own is cut by `distribution.share_of_data()`. Give `steps_per_epoch` with
+        shares of unknown length: without it the processes wait for each other before each batch.
+
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: where processes hand over different batches that should be the same, or shares that do not
+                fit together.
         """
         _warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
@@ -276,7 +287,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
-        """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`."""
+        """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`.
+
+        On several processes all rows on each of them; of a share that a process reads, its own.
+        """
         batches = distribution.filled_up(self._batches(x, None, None, batch_size), steps=kwargs.get("steps"))
         return distribution.own_rows(batches, keras.Model.predict(self, batches, **kwargs))
 

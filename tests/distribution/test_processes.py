@@ -37,11 +37,10 @@ def test_two_processes_are_like_one(on_processes, checks, tmp_path):
     on_processes(
         2,
         "processes_begin_alike_without_a_seed",
-        "a_mixed_mesh_trains_and_generates_as_one_device_does",
-        "rows_of_all_are_predicted_and_evaluated",
-        "own_shares_are_the_rows_of_all",
-        "grain_data_sets_are_own_shares_of_any_length",
+        "every_row_is_read_once",
+        "each_process_reads_its_share_of_grain_data_sets",
         "what_would_train_other_rows_is_refused",
+        "a_mixed_mesh_does_what_one_device_does",
         "files_of_one_process_are_read_and_others_written",
     )
 
@@ -55,3 +54,8 @@ def test_two_processes_are_like_one(on_processes, checks, tmp_path):
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_every_mesh_trains_and_generates_as_one_device_does(on_processes, processes, devices):
     on_processes(processes, "every_mesh_trains_and_generates_as_one_device_does", devices=devices)
+
+
+@pytest.mark.slow
+def test_batches_of_any_size_and_own_shares(on_processes):
+    on_processes(2, "batches_of_any_size_are_predicted", "own_shares_train_as_all_rows_do")
