@@ -77,11 +77,15 @@ class _WholeVariables:
             gathered = whole(value)
             if self._is_first:
                 variable._value = gathered
+        # What Keras makes while it saves would be laid out by all processes together, and the others do not come.
+        self._distribution = keras.distribution.distribution()
+        keras.distribution.set_distribution(None)
         return self._is_first
 
     def __exit__(self, kind, error, traceback):
         from jax.experimental import multihost_utils
 
+        keras.distribution.set_distribution(self._distribution)
         for variable, value in zip(self._variables, self._values):
             variable._value = value
         failed = multihost_utils.process_allgather(np.array(error is not None))

@@ -25,6 +25,7 @@ def checks():
 
 def test_two_processes_are_like_one(on_processes, checks, tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
+    several.mkdir()
     model, (x, _, _) = checks.build(), checks.examples(11)
     logits = model.predict(x, verbose=0)
     model.backbone.save_to_preset(one / "preset")
