@@ -14,6 +14,8 @@ whole           arrays that are spread over hosts, in one piece: to look at, and
     keras.distribution.set_distribution(gemma_2b_v5e_512())   # before the model is made
     model = GemmaCausalLM.from_preset("gemma_2b_en")
 
+On several hosts every process runs the same lines, after `initialize()`, which makes them one job.
+
 Batches are cut along `replica` and `data`, weights and what the optimizer keeps of them along `data` and `model`;
 pods hold the same weights and share nothing but the sum of the gradients. A configuration's name has the chips that
 Google sells under it; a v5p is counted as two. Mesh: replica × data × model.

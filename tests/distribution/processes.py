@@ -250,7 +250,9 @@ def begun_and_gone_on(folder, epochs):
 
 if __name__ == "__main__":
     folder, port, count, process = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    assert distribution.initialize(f"127.0.0.1:{port}", count, process) == (process, count)
+    # Nobody dies here, and a busy machine may stand still for a while.
+    patient = {"heartbeat_timeout_seconds": 900, "shutdown_timeout_seconds": 300}
+    assert distribution.initialize(f"127.0.0.1:{port}", count, process, **patient) == (process, count)
     for name in sys.argv[5:]:
         began = time.monotonic()
         globals()[name](folder)

@@ -1,8 +1,8 @@
-"""One of several processes that train a small Gemma: `python run_on_several.py FOLDER PORT COUNT PROCESS LAST_STEP`.
+"""One of several processes that train a small Gemma: `python run_on_several.py FOLDER PORT COUNT PROCESS LAST_STEP HEARTBEAT`.
 
 All of them train their rows of the same batches, save to FOLDER/checkpoints and append the losses to
-FOLDER/losses_PROCESS.txt. The process is gone without a word after LAST_STEP, if that is not 0. At the end it writes
-its weights to FOLDER/weights_PROCESS.npz.
+FOLDER/losses_PROCESS.txt. The process is gone without a word after LAST_STEP, if that is not 0, which the others have to
+notice in HEARTBEAT seconds. At the end it writes its weights to FOLDER/weights_PROCESS.npz.
 """
 
 import os
@@ -25,8 +25,6 @@ from keras_gemma import training
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 
-HEARTBEAT_SECONDS = 10
-
 
 class Steps(keras.callbacks.Callback):
     def __init__(self, path, last_step):
@@ -45,8 +43,8 @@ class Steps(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, port, count, process, last_step):
-    distribution.initialize(f"127.0.0.1:{port}", count, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+def main(folder, port, count, process, last_step, heartbeat):
+    distribution.initialize(f"127.0.0.1:{port}", count, process, heartbeat_timeout_seconds=heartbeat)
     keras.distribution.set_distribution(distribution.local_data())
     keras.utils.set_random_seed(1)
     backbone = GemmaBackbone(
