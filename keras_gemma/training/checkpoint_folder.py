@@ -175,8 +175,14 @@ class CheckpointFolder:
             A dict of arrays.
         """
         wanted = jax.tree.map(self._orbax.utils.to_shape_dtype_struct, like)
+        # For those without a sharding, where they were saved on more devices than there are.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restore = self._orbax.args
-        return self._manager.restore(step, args=restore.Composite(variables=restore.StandardRestore(wanted))).variables
+        variables = restore.StandardRestore(wanted, fallback_sharding=here)
+        arrays = self._manager.restore(step, args=restore.Composite(variables=variables)).variables
+        return jax.tree.map(
+            lambda one, array: np.asarray(array) if isinstance(one, np.ndarray) else array, like, arrays
+        )
 
     def close(self):
         if self._manager is not None:

@@ -1,8 +1,10 @@
-"""One of several processes that train a small Gemma: `python run_on_several.py FOLDER PORT COUNT PROCESS LAST_STEP HEARTBEAT`.
+"""One of several processes that train a small Gemma.
+
+    python run_on_several.py FOLDER PORT COUNT PROCESS LAST_STEP HEARTBEAT
 
 All of them train their rows of the same batches, save to FOLDER/checkpoints and append the losses to
-FOLDER/losses_PROCESS.txt. The process is gone without a word after LAST_STEP, if that is not 0, which the others have to
-notice in HEARTBEAT seconds. At the end it writes its weights to FOLDER/weights_PROCESS.npz.
+FOLDER/losses_PROCESS.txt. The process is gone without a word after LAST_STEP, if that is not 0, which the others
+have to notice in HEARTBEAT seconds. At the end it writes its weights to FOLDER/weights_PROCESS.npz.
 """
 
 import os
