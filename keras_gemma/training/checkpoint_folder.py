@@ -196,6 +196,10 @@ class CheckpointFolder:
         (unfinished / DIGESTS).write_text(json.dumps(_digests(unfinished)))
 
 
+def _as_numpy_where_wanted(like, array):
+    return np.asarray(array) if isinstance(like, np.ndarray) else array
+
+
 class _NamingErrors:
     """Raises errors of Orbax, tensorstore and the file system under one name."""
 

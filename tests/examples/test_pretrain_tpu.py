@@ -24,7 +24,7 @@ def pretrain(*arguments):
     )
 
 
-def test_a_mesh_of_four_devices_trains_and_goes_on(tmp_path):
+def test_a_mesh_of_four_devices_trains_and_saves(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     lines = [json.dumps({"text": f"The ship sails on day {n}."}) for n in range(200)]
     (tmp_path / "sea.jsonl").write_text("\n".join(lines))
@@ -33,8 +33,7 @@ def test_a_mesh_of_four_devices_trains_and_goes_on(tmp_path):
     text = ["--text", f"sea={tmp_path / 'sea.jsonl'}", "--weight=sea=1"]
     done = pretrain(*small, *folders, *text, "--epochs=1")
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"Epoch \S+", done.stdout) == ["Epoch 1/1"]
-    assert "tokens_per_second" in done.stdout
+    assert re.search(r"2/2 - .* - tokens_per_second", done.stdout), done.stdout
     assert GemmaCausalLM.from_preset(str(tmp_path / "preset")).preprocessor.sequence_length == 16
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
