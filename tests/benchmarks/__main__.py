@@ -16,12 +16,21 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import depth
 import generation
 import planning
 import processes
 import training
 
-BENCHMARKS = {"generation": generation, "training": training, "processes": processes, "planning": planning}
+BENCHMARKS = {
+    "generation": generation,
+    "training": training,
+    "processes": processes,
+    "depth": depth,
+    "planning": planning,
+}
+# They compare more than two numbers.
+WITH_OWN_TABLE = ("depth", "planning")
 # Takes as long as the others together, and another library.
 WHEN_ASKED_FOR = ("planning",)
 
@@ -82,8 +91,8 @@ def main():
     names = [arguments.only] if arguments.only else [name for name in BENCHMARKS if name not in WHEN_ASKED_FOR]
     results = {name: BENCHMARKS[name].run(arguments.repeats) for name in names}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=4))
-    if "planning" in results:
-        print("\n".join(planning.table(results.pop("planning"))))
+    for name in results.keys() & WITH_OWN_TABLE:
+        print("\n".join(BENCHMARKS[name].table(results.pop(name))))
     if rows := [row for name, of_name in results.items() for row in rows_of(name, of_name)]:
         print_table(rows)
         draw(rows, arguments.output / "results.png")

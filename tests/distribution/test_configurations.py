@@ -9,6 +9,7 @@ import keras_gemma.distribution
 from keras_gemma.distribution import CONFIGURATIONS
 from keras_gemma.distribution import PodParallel
 from keras_gemma.distribution import gemma_2b_v5e_8
+from keras_gemma.distribution import gemma_2b_v5e_16
 from keras_gemma.distribution import gemma_2b_v5e_512
 from keras_gemma.distribution import gemma_7b_v5e_8_serving
 from keras_gemma.distribution import gemma_7b_v5e_256
@@ -136,6 +137,26 @@ def test_a_context_takes_its_devices_from_the_data_axis():
 def test_a_context_that_does_not_divide_the_data_axis_is_refused(context):
     with pytest.raises(ValueError, match=rf"'gemma_7b_v5e_256' gives 16 devices. Received: context={context}"):
         gemma_7b_v5e_256(devices=chips(), context=context)
+
+
+def test_another_model_axis_takes_its_devices_from_the_data_axis():
+    mesh = gemma_2b_v5e_8(devices=chips("v5e:2x4"), model=4).device_mesh
+    assert dict(zip(mesh.axis_names, mesh.shape)) == {"replica": 1, "data": 2, "model": 4}
+    mesh = gemma_7b_v5e_256(devices=chips(), context=8, model=8).device_mesh
+    assert dict(zip(mesh.axis_names, mesh.shape)) == {"replica": 1, "data": 4, "context": 8, "model": 8}
+    for model in (3, 0, 512):
+        with pytest.raises(ValueError, match=rf"'gemma_7b_v5e_256' has 256. Received: model={model}"):
+            gemma_7b_v5e_256(devices=chips(), model=model)
+
+
+def test_no_part_of_an_embedding_is_narrower_than_the_vectors_of_a_chip():
+    table, whole = "token_embedding/embeddings", (256000, 2048)
+    assert axes(gemma_2b_v5e_16(devices=chips("v5e:4x4")), table, whole) == ("model", "data")
+    # 8 columns a chip: 1000 rows instead.
+    distribution = gemma_2b_v5e_512(devices=chips(pods=2))
+    assert axes(distribution, table, whole) == ("data", None)
+    # A vocabulary that 256 chips do not divide.
+    assert axes(distribution, table, (256001, 2048)) == ("model", "data")
 
 
 def test_serving_sends_no_weights():

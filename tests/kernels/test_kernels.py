@@ -1,5 +1,7 @@
 """Every fast path beside a plain formula in float64."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -27,6 +29,18 @@ def attention(query, key, value, mask):
         weights = np.exp(np.where(mask, scores, -np.inf))
         heads.append(weights / weights.sum(-1, keepdims=True) @ value[:, head // group])
     return np.stack(heads, axis=1)
+
+
+def for_a_tpu(monkeypatch, module):
+    """Lets a module take the ways that it takes on a TPU, as far as they run elsewhere."""
+    if keras.backend.backend() != "jax":
+        pytest.skip("Only JAX runs on TPUs.")
+    monkeypatch.setattr(importlib.import_module(module), "jax_platform", lambda: "tpu")
+
+
+def test_prompt_attention_on_a_tpu_takes_the_kernels_of_training(monkeypatch):
+    for_a_tpu(monkeypatch, "keras_gemma.kernels.attention")
+    test_prompt_attention(300, 1)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -102,6 +116,16 @@ def test_write_columns():
     expected = cache.copy()
     expected[:, :, 3:5] = columns
     np.testing.assert_array_equal(to_numpy(written), expected)
+
+
+def test_a_tpu_writes_columns_without_turning_the_cache_round(monkeypatch):
+    for_a_tpu(monkeypatch, "keras_gemma.kernels.cache")
+    import jax
+
+    test_write_columns()
+    cache, columns = jax.ShapeDtypeStruct((2, 2, 6, 3), "float32"), jax.ShapeDtypeStruct((2, 2, 1, 3), "float32")
+    program = jax.jit(lambda cache, columns, first: kernels.write_columns(cache, columns, first))
+    assert program.lower(cache, columns, 3).as_text().count("LayoutConstraint") == 2
 
 
 def test_first_argmax():
