@@ -45,6 +45,9 @@ Google sells under it; a v5p is counted as two. Mesh: replica × data × model.
 
 A serving configuration cuts weights along `model` only, so that no token waits for weights of another device.
 
+`gemma_7b_v5e_256(model=4)` has another model axis, and the data axis the rest of a pod: 1 × 64 × 4.
+`keras-gemma plan --search` says which one trains fastest.
+
 For rows too long for one device, `gemma_2b_v5e_16(context=4)` cuts the tokens of a row over four devices of the data
 axis: the mesh is replica × data × context × model, 1 × 4 × 4 × 1. A batch may then have a quarter of the rows, weights
 are cut as before, and `2 * context` divides the length of the rows. See `PodParallel`.

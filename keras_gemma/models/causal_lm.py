@@ -297,7 +297,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     def make_predict_function(self, force=False):
         if self.predict_function is None or force:
             super().make_predict_function(force)
-            self.predict_function = distribution.with_whole_outputs(self.predict_function)
+            if keras.backend.backend() == "jax":
+                self.predict_function = distribution.with_whole_outputs(self.predict_function)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None):
         """Logits or losses of given tokens, with a look at every layer on the way.

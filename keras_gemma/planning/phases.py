@@ -46,15 +46,13 @@ class Phase(NamedTuple):
         works: list of `Work`.
         kept: dict of bytes that a device holds throughout, by what they are.
         rows, columns: ints. The sizes that are compiled for.
-        tokens: int. What all devices together have done after the phase.
-        model_flops: float. Operations of the model for that, of all devices together.
+        model_flops: float. Operations of the model, of all devices together.
     """
 
     works: list
     kept: dict
     rows: int
     columns: int
-    tokens: int
     model_flops: float
 
 
@@ -69,7 +67,7 @@ def of_training(model, rows, columns):
         "batch": abstract.bytes_on_a_device(batch),
     }
     flops = training_flops_per_token(model.backbone.get_config(), columns, causal=True) * rows * columns
-    return Phase([step], kept, rows, columns, rows * columns, flops)
+    return Phase([step], kept, rows, columns, flops)
 
 
 def of_prefill(model, rows, columns):
@@ -100,7 +98,7 @@ def of_prefill(model, rows, columns):
     # The last block is run for its keys and values only.
     config = {**model.backbone.get_config(), "num_layers": layers - 1}
     flops = forward_flops_per_token(config, (columns + 1) / 2, logits=False) * rows * columns
-    return Phase([work for work in works if work.runs], kept, rows, columns, rows * columns, flops)
+    return Phase([work for work in works if work.runs], kept, rows, columns, flops)
 
 
 def of_decoding(model, rows, columns):
@@ -115,7 +113,7 @@ def of_decoding(model, rows, columns):
     step = Work(generation.make_decode(network, sampler), arguments, donated=(1,), turn_of_loop=True)
     kept = {"weights": abstract.bytes_on_a_device(weights), "cache": abstract.bytes_on_a_device(cache)}
     flops = forward_flops_per_token(model.backbone.get_config(), columns) * rows
-    return Phase([step], kept, rows, columns, rows, flops)
+    return Phase([step], kept, rows, columns, flops)
 
 
 PHASES = {TRAIN: of_training, PREFILL: of_prefill, DECODE: of_decoding}
