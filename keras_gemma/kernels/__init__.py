@@ -24,11 +24,13 @@ from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
+from keras_gemma.kernels.sharding import branch_apart
 from keras_gemma.kernels.sharding import cache_apart
 from keras_gemma.kernels.sharding import look_up
 from keras_gemma.kernels.sharding import refuse_uneven_columns
 from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.sharding import sharding_of_cache
+from keras_gemma.kernels.sharding import stream_apart
 from keras_gemma.kernels.sharding import tokens_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
@@ -37,6 +39,7 @@ from keras_gemma.kernels.vocabulary import vocabulary_loss
 __all__ = [
     "RECOMPUTE_POLICIES",
     "TokenSums",
+    "branch_apart",
     "cache_apart",
     "cached_attention",
     "causal_attention",
@@ -58,6 +61,7 @@ __all__ = [
     "run_layers",
     "sharding_of_cache",
     "shards_of_batch",
+    "stream_apart",
     "tokens_apart",
     "vocabulary_loss",
     "with_flags_bound",

@@ -8,7 +8,7 @@ from keras import ops
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import on_jax_cpu
 from keras_gemma.kernels.sharding import gathered
-from keras_gemma.kernels.sharding import tokens_apart
+from keras_gemma.kernels.sharding import stream_apart
 
 # What the backward pass finds: everything; the input of each layer; that and the results of products with weights.
 RECOMPUTE_POLICIES = ("none", "block", "dots")
@@ -65,7 +65,7 @@ def run_layers(layers, x, *arguments, recompute="none", scan="auto"):
         return _scanned(layers, x, arguments, recompute)
     for layer in layers:
         if recompute == "none":
-            x = tokens_apart(layer(x, *arguments, training=True))
+            x = stream_apart(layer(x, *arguments, training=True))
         else:
             x, states = _stateless(layer, recompute)(_values(layer), x, arguments)
             _assign(layer, states)
@@ -114,7 +114,7 @@ def _stateless(layer, recompute, in_scan=False):
     def run(values, x, arguments):
         values = [gathered(value, variable) for value, variable in zip(values, variables)]
         with keras.StatelessScope(zip(variables, values)) as scope:
-            x = tokens_apart(layer(x, *arguments, training=True))
+            x = stream_apart(layer(x, *arguments, training=True))
         return x, [scope.get_current_value(state) for state in states]
 
     if recompute == "none":

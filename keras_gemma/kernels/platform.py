@@ -47,6 +47,18 @@ def shards_of_columns(length):
     return 1 if length is None or length % (2 * devices) else devices
 
 
+def axis_of_model():
+    """Name of the one mesh axis along which devices have the same tokens and parts of weights, or `None`."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    mesh = distribution.device_mesh
+    axis = distribution.get_data_layout((1,)).axes[0]
+    of_tokens = (*(axis if isinstance(axis, tuple) else (axis,)), axis_of_columns())
+    others = [name for name, size in zip(mesh.axis_names, mesh.shape) if size > 1 and name not in of_tokens]
+    return others[0] if len(others) == 1 else None
+
+
 def has_all_tokens():
     """Whether the tokens of a batch are all on one device, or on each."""
     return shards_of_batch() * devices_of_columns() == 1

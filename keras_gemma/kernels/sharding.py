@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_gemma.kernels.platform import axis_of_columns
+from keras_gemma.kernels.platform import axis_of_model
 from keras_gemma.kernels.platform import devices_of_columns
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import shards_of_batch
@@ -45,6 +46,52 @@ def tokens_apart(x):
     if not on_jax() or shards_of_columns(x.shape[1]) == 1:
         return rows_apart(x)
     return _laid_out(x, _axis_of_rows(keras.distribution.distribution(), x.shape), axis_of_columns())
+
+
+def stream_apart(x):
+    """As `tokens_apart`, and the columns also along the model axis.
+
+    Said of the residual stream: what is added to it and kept of it for the backward pass would be the same on every
+    device along it (Korthikanti et al., arXiv 2205.05198, section 4.2.2). What multiplies with a weight wants
+    `tokens_apart`.
+
+    Args:
+        x: tensor `[B, T, D]`.
+
+    Returns:
+        A tensor `[B, T, D]`; as by `tokens_apart` where the devices do not divide the columns.
+    """
+    model = axis_of_model() if on_jax() else None
+    if model is None or None in x.shape[:2]:
+        return tokens_apart(x)
+    distribution = keras.distribution.distribution()
+    context = shards_of_columns(x.shape[1])
+    if x.shape[1] % (context * distribution.device_mesh.backend_mesh.shape[model]):
+        return tokens_apart(x)
+    columns = (axis_of_columns(), model) if context > 1 else model
+    return _laid_out(x, _axis_of_rows(distribution, x.shape), columns)
+
+
+def branch_apart(x):
+    """A branch of the feed-forward, its rows and columns as by `tokens_apart` and its width along the model axis.
+
+    Said between the products that it comes from and goes to, which cut their weights so. XLA might else exchange it for
+    a part of the columns that has all of the width, after `stream_apart`.
+
+    Args:
+        x: tensor `[B, T, F]`.
+
+    Returns:
+        A tensor `[B, T, F]`; `x` where there is no model axis, or it does not divide the width.
+    """
+    model = axis_of_model() if on_jax() else None
+    if model is None or None in x.shape[:2]:
+        return x
+    distribution = keras.distribution.distribution()
+    if x.shape[2] % distribution.device_mesh.backend_mesh.shape[model]:
+        return x
+    columns = axis_of_columns() if shards_of_columns(x.shape[1]) > 1 else None
+    return _laid_out(x, _axis_of_rows(distribution, x.shape), columns, model)
 
 
 def refuse_uneven_columns(length):

@@ -211,15 +211,15 @@ class GemmaBackbone(keras_hub.models.Backbone):
         sine, cosine = (apart(x) for x in self.rotary_embedding(token_ids, positions=positions))
         segments = apart(self.segment_ids(padding_mask, segment_ids=segment_ids))
         x = kernels.look_up(self.token_embedding, token_ids, cut_columns=True)
-        x = self.embedding_scale(x)
+        x = kernels.stream_apart(self.embedding_scale(x))
         if training:
             kernels.refuse_uneven_columns(x.shape[1])
             settings = {"recompute": self.recompute, "scan": self.scan_layers}
             x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **settings)
         else:
             for block in self.transformer_layers:
-                x = apart(block(x, sine, cosine, segments))
-        return self.layer_norm(x)
+                x = kernels.stream_apart(block(x, sine, cosine, segments))
+        return apart(self.layer_norm(x))
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)

@@ -81,16 +81,21 @@ class GemmaDecoderBlock(keras.layers.Layer):
         self.built = True
 
     def call(self, x, sine, cosine, segment_ids, training=None):
-        x = x + self.attention(self.pre_attention_norm(x), sine, cosine, segment_ids, training=training)
-        return x + self.feed_forward(x, training=training)
+        normed = kernels.tokens_apart(self.pre_attention_norm(x))
+        x = x + kernels.stream_apart(self.attention(normed, sine, cosine, segment_ids, training=training))
+        normed = kernels.tokens_apart(self.pre_ffw_norm(x))
+        return x + kernels.stream_apart(self._geglu(normed, training))
 
-    def feed_forward(self, x, training=None):
+    def feed_forward(self, x):
         """The GeGLU branch of `x` `[B, T, D]`, without its residual."""
-        x = self.pre_ffw_norm(x)
-        if training and kernels.prefers_own_geglu(x) and self._has_plain_feed_forward():
-            return kernels.geglu(x, self.gating_ffw.kernel, self.gating_ffw_2.kernel, self.ffw_linear.kernel)
-        gate = keras.activations.gelu(self.gating_ffw(x), approximate=True)
-        return self.ffw_linear(kernels.named(gate * self.gating_ffw_2(x), "gated"))
+        return self._geglu(self.pre_ffw_norm(x))
+
+    def _geglu(self, normed, training=None):
+        if training and kernels.prefers_own_geglu(normed) and self._has_plain_feed_forward():
+            return kernels.geglu(normed, self.gating_ffw.kernel, self.gating_ffw_2.kernel, self.ffw_linear.kernel)
+        gate, up = (kernels.branch_apart(gating(normed)) for gating in (self.gating_ffw, self.gating_ffw_2))
+        gated = kernels.branch_apart(keras.activations.gelu(gate, approximate=True) * up)
+        return self.ffw_linear(kernels.named(gated, "gated"))
 
     def _has_plain_feed_forward(self):
         layers = (self.gating_ffw, self.gating_ffw_2, self.ffw_linear)

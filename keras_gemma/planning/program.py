@@ -22,6 +22,10 @@ _CALLERS = ("while", "fusion", "call", "conditional", "async-start")
 # They name tensors, or wait for them, and move none; what they call is looked at by itself.
 _IDLE = ("", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 _IDLE += ("while", "call", "conditional", "async-start")
+# What a fusion makes of a tensor without reading more of it than is asked for.
+_RENAMING = ("bitcast", "pad", "reshape", "convert", "copy", "transpose")
+# In whose place the compiler writes a collective that goes on while other things are done.
+_START, _DONE = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -130,7 +134,7 @@ class Program:
     def _walk(self, computation, turns, fused=False):
         instructions = self._computations[computation]
         for instruction in instructions.values():
-            self._count(instruction, instructions, turns)
+            self._count(instruction, instructions, turns, fused)
             if not fused:
                 self.moved += turns * _moved(instruction, instructions, self._computations)
             inner = (
@@ -142,7 +146,7 @@ class Program:
                 for called in _CALLED.findall(instruction.text):
                     self._walk(called, inner, fused or instruction.opcode == "fusion")
 
-    def _count(self, instruction, around, turns):
+    def _count(self, instruction, around, turns, fused):
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode in ("dot", "convolution"):
             operands = [around[name].shapes[0].sizes for name in instruction.operands]
@@ -155,7 +159,8 @@ class Program:
             operands = [around[name].shapes[0] for name in instruction.operands if around[name].shapes]
             self.kernels[instruction.name.split(".")[0]] += turns
             self.flops[instruction.op_name] += turns * self._kernel_flops(instruction, operands)
-        elif kind in COLLECTIVES or kind == "send":
+        elif (kind in COLLECTIVES and not _goes_on(instruction, around)) or kind == "send":
+            kind = "reduce-scatter" if fused and _keeps_a_part(instruction, around) else kind
             collective = (_transfer if kind == "send" else _collective)(kind, instruction, around, turns)
             if collective.groups is None or collective.groups.shape[-1] > 1:
                 self.collectives.append(collective)
@@ -275,33 +280,63 @@ def _moved(instruction, around, computations):
 
 
 def _moved_by_fusion(instruction, read, written, computations):
-    inside = computations[_CALLED.search(instruction.text).group(1)]
-    users = defaultdict(list)
-    for one in inside.values():
-        for place, name in enumerate(one.operands):
-            users[name].append((place, one))
-    for one in inside.values():
-        if one.opcode == "parameter":
-            number = int(re.search(r"parameter\((\d+)\)", one.text).group(1))
-            read[number] = min(read[number], sum(_used(place, user, inside) for place, user in users[one.name]))
+    inside = _called(instruction, computations)
+    if any(_DONE in one.text for one in inside.values()):
+        return 0.0
+    read = [min(whole, used) for whole, used in zip(read, _used_of_parameters(inside, computations))]
     for root in _roots(inside):
         if root.opcode == "dynamic-update-slice":
             written -= _in_memory(root.shapes) - _in_memory(inside[root.operands[1]].shapes)
+        elif _goes_on(root, inside) or (root.opcode == "parameter" and _carries_on(inside)):
+            written -= _in_memory(root.shapes)
     return float(sum(read) + max(0, written))
 
 
-def _used(place, user, inside):
-    """Bytes of its operand in a `place` that an instruction within a fusion needs."""
-    if user.opcode in ("dynamic-slice", "gather") and place == 0:
-        return _in_memory(user.shapes)
-    if user.opcode == "dynamic-update-slice" and place == 0:
-        return 0
-    return sum(shape.bytes for shape in inside[user.operands[place]].shapes)
+def _used_of_parameters(inside, computations):
+    """Bytes that a fusion needs of each of its operands."""
+    users = _users(inside)
+
+    def used(one):
+        return min(_bytes(one.shapes), sum(used_by(place, user) for place, user in users[one.name]))
+
+    def used_by(place, user):
+        if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+            return _in_memory(user.shapes)
+        if user.opcode == "dynamic-update-slice" and place == 0:
+            return 0
+        if user.opcode in _RENAMING and users[user.name]:
+            return used(user)
+        if user.opcode == "fusion":
+            return _used_of_parameters(_called(user, computations), computations)[place]
+        return _bytes(inside[user.operands[place]].shapes)
+
+    found = [(re.search(r"parameter\((\d+)\)", one.text), one) for one in inside.values()]
+    parameters = {int(number.group(1)): one for number, one in found if one.opcode == "parameter"}
+    return [used(parameters[number]) for number in sorted(parameters)]
+
+
+def _users(inside):
+    """Who in a fusion reads what: lists of `(place among its operands, instruction)` by name."""
+    users = defaultdict(list)
+    hands_on = _carries_on(inside)
+    for one in inside.values():
+        if not (_goes_on(one, inside) or (hands_on and one.opcode == "tuple")):
+            for place, name in enumerate(one.operands):
+                users[name].append((place, one))
+    return users
 
 
 def _roots(inside):
     last = list(inside.values())[-1]
     return [inside[name] for name in last.operands] if last.opcode == "tuple" else [last]
+
+
+def _called(fusion, computations):
+    return computations[_CALLED.search(fusion.text).group(1)]
+
+
+def _bytes(shapes):
+    return sum(shape.bytes for shape in shapes)
 
 
 def _in_memory(shapes):
@@ -351,10 +386,28 @@ def _pairs(size, kernel, made, stride, low, dilation, kernel_dilation):
 # === Collectives ===
 
 
+def _goes_on(instruction, around):
+    """Whether a collective began elsewhere: parts of what else is to be done go on with it, each naming it again."""
+    if "chain_id=" not in instruction.text or instruction.opcode not in COLLECTIVES:
+        return False
+    return not any(_START in one.text and instruction.name in one.operands for one in around.values())
+
+
+def _carries_on(inside):
+    """Whether a collective that began elsewhere goes on in a fusion, which hands its state on as it is."""
+    return any(_goes_on(one, inside) for one in inside.values())
+
+
+def _keeps_a_part(instruction, around):
+    """Whether all that is done with a sum is to take a part of it."""
+    users = [one.opcode for one in around.values() if instruction.name in one.operands]
+    return instruction.opcode == "all-reduce" and users == ["dynamic-slice"]
+
+
 def _collective(kind, instruction, around, turns):
     groups = _groups(instruction.text)
     devices = groups.shape[-1]
-    given = sum(shape.bytes for name in instruction.operands for shape in around[name].shapes)
+    given = sum(_bytes(around[name].shapes) for name in instruction.operands)
     sent = {
         # A device passes on all parts but one of the whole, each to its neighbour.
         "all-gather": given * (devices - 1),
@@ -370,7 +423,7 @@ def _transfer(kind, instruction, around, turns):
     """A part of a collective that is sent through the hosts to other pods."""
     named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
     kind = named.group(1).lower().replace("_", "-") if named else kind
-    sent = sum(shape.bytes for shape in around[instruction.operands[0]].shapes)
+    sent = _bytes(around[instruction.operands[0]].shapes)
     return Collective(kind, None, float(sent), turns, instruction.op_name)
 
 

@@ -1,10 +1,10 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
+import local_processes
 import pytest
 
 # Programs are run a few times only: compiling them fast is what counts.
@@ -32,18 +32,10 @@ def on_processes(tmp_path):
     """`on_processes(count, *names, devices=2)` runs checks of `processes.py` in processes with so many devices each."""
 
     def run(count, *names, devices=2):
-        environment = {
-            **os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS.format(devices)
-        }  # fmt: skip
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        logs = [tmp_path / f"process_{process}.txt" for process in range(count)]
-        started = []
-        for process, log in enumerate(logs):
-            command = [sys.executable, FOLDER / "processes.py", tmp_path, str(port), str(count), str(process), *names]
-            with log.open("w") as file:
-                started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        program = FOLDER / "processes.py"
+        started, logs = local_processes.start(
+            count, program, tmp_path, tmp_path, *names, XLA_FLAGS=XLA_FLAGS.format(devices)
+        )
         statuses = [process.wait(timeout=900) for process in started]
         output = "\n\n".join(log.read_text() for log in logs)
         print(output)

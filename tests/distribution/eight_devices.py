@@ -109,6 +109,16 @@ def assert_equal_to_one_device(shape, *meshes, check=None, **settings):
                 check(model)
 
 
+def what_is_kept_of_blocks_is_cut_along_the_model_axis():
+    with pods(1, 2, 4).scope():
+        model = build(num_layers=3, scan_layers=True, recompute="block")
+        model.compile(AdamW())
+        program = compiled_step(model, examples(8))
+    # The inputs of three blocks: 4 of 8 rows, 2 of 8 columns.
+    assert "f32[3,4,2,16]" in program
+    assert "f32[3,4,8,16]" not in program
+
+
 def assert_cut_as_the_mesh_says(model, mesh):
     """Weights and both moments have as many parts as a pod has devices, but for the one key-value head and norms."""
     _, *data, model_size = mesh

@@ -1,4 +1,4 @@
-"""Checks on several processes. `conftest.py` runs `python processes.py FOLDER PORT COUNT PROCESS CHECK...` in each.
+"""Checks on several processes. `conftest.py` runs `python processes.py PORT COUNT PROCESS FOLDER CHECK...` in each.
 
 Several checks share a run: starting the processes takes longer than most checks. What they compare with is computed
 in each process alone, on one device.
@@ -249,7 +249,7 @@ def begun_and_gone_on(folder, epochs):
 
 
 if __name__ == "__main__":
-    folder, port, count, process = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    port, count, process, folder = *map(int, sys.argv[1:4]), Path(sys.argv[4])
     # Nobody dies here, and a busy machine may stand still for a while.
     patient = {"heartbeat_timeout_seconds": 900, "shutdown_timeout_seconds": 300}
     assert distribution.initialize(f"127.0.0.1:{port}", count, process, **patient) == (process, count)

@@ -1,14 +1,11 @@
 """Processes of which one dies, freezes or fails: the others end with an error instead of waiting for it."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import keras
+import local_processes
 import pytest
 
 if keras.backend.backend() != "jax":
@@ -31,16 +28,7 @@ STOPPED = Path(__file__).parent / "stopped.py"
     ],
 )
 def test_the_others_stop_within_a_minute(tmp_path, count, victim, how):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs = [tmp_path / f"{process}.txt" for process in range(count)]
-    started = []
-    for process, log in enumerate(logs):
-        command = [sys.executable, STOPPED, str(port), str(count), str(process), str(victim), how]
-        environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-        with log.open("w") as file:
-            started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    started, logs = local_processes.start(count, STOPPED, tmp_path, victim, how)
     try:
         until(lambda: all("met" in log.read_text() for log in logs), 120, logs)
         others = [process for process in started if process is not started[victim]]

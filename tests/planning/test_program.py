@@ -133,3 +133,97 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:255}",_xla_megascale_transf
     (collective,) = Program(text).collectives
     assert (collective.kind, collective.sent) == ("all-reduce", 20.0)
     assert collective.crosses([0])
+
+
+GATHER = 'all-gather(%{}), replica_groups=[1,4]<=[4], dimensions={{0}}, frontend_attributes={{chain_id="3"}}'
+# As the TPU's compiler lets a collective go on while a product is computed: each part of the work names it again.
+GOES_ON = f"""HloModule m
+%begin (x: bf16[8]) -> (bf16[8], bf16[32]) {{
+  %x = bf16[8]{{0}} parameter(0)
+  %gather.1 = bf16[32]{{0}} {GATHER.format("x")}
+  ROOT %start = (bf16[8]{{0}}, bf16[32]{{0}}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%meanwhile (x: bf16[8], whole: bf16[32], other: f32[64]) -> (f32[64], bf16[8], bf16[32]) {{
+  %x = bf16[8]{{0}} parameter(0)
+  %whole = bf16[32]{{0}} parameter(1)
+  %other = f32[64]{{0}} parameter(2)
+  %computed = f32[64]{{0}} negate(%other)
+  %gather.2 = bf16[32]{{0}} {GATHER.format("x")}
+  ROOT %state = (f32[64]{{0}}, bf16[8]{{0}}, bf16[32]{{0}}) tuple(%computed, %x, %gather.2)
+}}
+
+%end (x: bf16[8], whole: bf16[32]) -> bf16[32] {{
+  %x = bf16[8]{{0}} parameter(0)
+  %whole = bf16[32]{{0}} parameter(1)
+  %gather.3 = bf16[32]{{0}} {GATHER.format("x")}
+  ROOT %done = bf16[32]{{0}} custom-call(%x, %whole, %gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[8], other: f32[64]) -> bf16[32] {{
+  %x = bf16[8]{{0}} parameter(0)
+  %other = f32[64]{{0}} parameter(1)
+  %begun = (bf16[8]{{0}}, bf16[32]{{0}}) fusion(%x), kind=kCustom, calls=%begin
+  %part = bf16[8]{{0}} get-tuple-element(%begun), index=0
+  %whole = bf16[32]{{0}} get-tuple-element(%begun), index=1
+  %gone = (f32[64]{{0}}, bf16[8]{{0}}, bf16[32]{{0}}) fusion(%part, %whole, %other), kind=kCustom, calls=%meanwhile
+  %part.1 = bf16[8]{{0}} get-tuple-element(%gone), index=1
+  %whole.1 = bf16[32]{{0}} get-tuple-element(%gone), index=2
+  ROOT %ended = bf16[32]{{0}} fusion(%part.1, %whole.1), kind=kCustom, calls=%end
+}}
+"""
+
+
+def test_a_collective_that_goes_on_beside_other_work_counts_once():
+    program = Program(GOES_ON)
+    (gather,) = program.collectives
+    assert (gather.kind, gather.sent) == ("all-gather", 3 * 16)
+    # It reads a part and writes it and the whole; the other work reads and writes 256 bytes.
+    assert program.moved == (16 + 16 + 64) + 2 * 256
+
+
+SCATTERED = """HloModule m
+%all-reduce-scatter (x: bf16[32]) -> bf16[8] {
+  %x = bf16[32]{0} parameter(0)
+  %sum = bf16[32]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = u32[] partition-id()
+  ROOT %part = bf16[8]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (x: bf16[32]) -> bf16[8] {
+  %x = bf16[32]{0} parameter(0)
+  ROOT %scattered = bf16[8]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_sum_of_which_a_fusion_keeps_a_part_is_scattered():
+    (collective,) = Program(SCATTERED).collectives
+    assert (collective.kind, collective.sent) == ("reduce-scatter", 64 * 3 / 4)
+
+
+SLICED = """HloModule m
+%inner (x: f32[8,64], place: s32[]) -> f32[8,2] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %padded = f32[8,66]{1,0} pad(%x, %zero), padding=0_0x0_2
+  ROOT %slice = f32[8,2]{1,0} dynamic-slice(%padded, %zero, %place), dynamic_slice_sizes={8,2}
+}
+
+%outer (x: f32[8,64], place: s32[]) -> f32[8,2] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %columns = f32[8,2]{1,0} fusion(%x, %place), kind=kLoop, calls=%inner
+  ROOT %negated = f32[8,2]{1,0} negate(%columns)
+}
+
+ENTRY %main (x: f32[8,64], place: s32[]) -> f32[8,2] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  ROOT %made = f32[8,2]{1,0} fusion(%x, %place), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_fusion_reads_the_columns_that_it_asks_for():
+    assert Program(SLICED).moved == 8 * 2 * 4 + 4 + 8 * 2 * 4

@@ -1,10 +1,11 @@
 """One of several processes that train a small Gemma.
 
-    python run_on_several.py FOLDER PORT COUNT PROCESS LAST_STEP HEARTBEAT
+    python run_on_several.py PORT COUNT PROCESS FOLDER VICTIM HEARTBEAT OWN_SHARES
 
-All of them train their rows of the same batches, save to FOLDER/checkpoints and append the losses to
-FOLDER/losses_PROCESS.txt. The process is gone without a word after LAST_STEP, if that is not 0, which the others
-have to notice in HEARTBEAT seconds. At the end it writes its weights to FOLDER/weights_PROCESS.npz.
+All of them train their rows of the same batches, or with OWN_SHARES 1 all rows of batches that they alone have, save to
+FOLDER/checkpoints and append the losses to FOLDER/losses_PROCESS.txt. The victim is gone without a word after some
+steps, which the others have to notice in HEARTBEAT seconds. At the end each writes its weights to
+FOLDER/weights_PROCESS.npz.
 """
 
 import os
@@ -27,13 +28,16 @@ from keras_gemma import training
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 
+# Of the victim, in each of its runs.
+STEPS_TO_LIVE = 3
+
 
 class Steps(keras.callbacks.Callback):
-    def __init__(self, path, last_step):
+    def __init__(self, path, is_victim):
         super().__init__()
         self._path = path
         # An iterator, because numbers of callbacks go on with the run.
-        self._left = iter(range(last_step - 1)) if last_step else None
+        self._left = iter(range(STEPS_TO_LIVE - 1)) if is_victim else None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -45,9 +49,10 @@ class Steps(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, port, count, process, last_step, heartbeat):
+def main(port, count, process, folder, victim, heartbeat, own_shares):
     distribution.initialize(f"127.0.0.1:{port}", count, process, heartbeat_timeout_seconds=heartbeat)
-    keras.distribution.set_distribution(distribution.local_data())
+    everywhere = keras.distribution.DataParallel(auto_shard_dataset=False) if own_shares else distribution.local_data()
+    keras.distribution.set_distribution(everywhere)
     keras.utils.set_random_seed(1)
     backbone = GemmaBackbone(
         vocabulary_size=64, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=8, intermediate_dim=16,
@@ -55,13 +60,13 @@ def main(folder, port, count, process, last_step, heartbeat):
     )  # fmt: skip
     model = GemmaCausalLM(backbone)
     model.compile(training.AdamW(1e-2))
-    ids = np.random.default_rng(0).integers(1, 64, (14, 9))
+    ids = np.random.default_rng(process if own_shares else 0).integers(1, 64, (14, 9))
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((14, 8), "int32")}
     resume = training.ExactResume(folder / "checkpoints", save_every_steps=2)
-    steps = Steps(folder / f"losses_{process}.txt", last_step)
+    steps = Steps(folder / f"losses_{process}.txt", process == victim)
     model.fit(x, ids[:, 1:], batch_size=4, epochs=2, verbose=0, callbacks=[steps, resume])
     np.savez(folder / f"weights_{process}.npz", *[distribution.whole(weight) for weight in model.weights])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), *map(int, sys.argv[5:]))
