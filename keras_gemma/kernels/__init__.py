@@ -26,7 +26,9 @@ from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import first_argmax
 from keras_gemma.kernels.sharding import branch_apart
 from keras_gemma.kernels.sharding import cache_apart
+from keras_gemma.kernels.sharding import into_stream
 from keras_gemma.kernels.sharding import look_up
+from keras_gemma.kernels.sharding import out_of_stream
 from keras_gemma.kernels.sharding import refuse_uneven_columns
 from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.sharding import sharding_of_cache
@@ -47,9 +49,11 @@ __all__ = [
     "first_argmax",
     "geglu",
     "in_row_chunks",
+    "into_stream",
     "logits_loss",
     "look_up",
     "named",
+    "out_of_stream",
     "prefers_own_geglu",
     "prefers_packed_weights",
     "project",

@@ -49,11 +49,10 @@ def tokens_apart(x):
 
 
 def stream_apart(x):
-    """As `tokens_apart`, and the columns also along the model axis.
+    """The residual stream: as by `tokens_apart`, and its columns also along the model axis.
 
-    Said of the residual stream: what is added to it and kept of it for the backward pass would be the same on every
-    device along it (Korthikanti et al., arXiv 2205.05198, section 4.2.2). What multiplies with a weight wants
-    `tokens_apart`.
+    It, and what the backward pass keeps of it, would else be the same on all devices along that axis (Korthikanti et
+    al., arXiv 2205.05198, section 4.2.2).
 
     Args:
         x: tensor `[B, T, D]`.
@@ -61,15 +60,34 @@ def stream_apart(x):
     Returns:
         A tensor `[B, T, D]`; as by `tokens_apart` where the devices do not divide the columns.
     """
+    _, apart = _shardings_of_stream(x)
+    return tokens_apart(x) if apart is None else keras.distribution.distribute_tensor(x, apart)
+
+
+def out_of_stream(x):
+    """What a branch reads of the residual stream, as by `tokens_apart`; its gradient as by `stream_apart`."""
+    together, apart = _shardings_of_stream(x)
+    return tokens_apart(x) if apart is None else _exchange(apart, together)(x)
+
+
+def into_stream(x):
+    """What a branch adds to the residual stream, as by `stream_apart`; its gradient as by `tokens_apart`."""
+    together, apart = _shardings_of_stream(x)
+    return tokens_apart(x) if apart is None else _exchange(together, apart)(x)
+
+
+def _shardings_of_stream(x):
+    """The JAX shardings of whole columns and of those cut along the model axis; twice `None` where they are not cut."""
     model = axis_of_model() if on_jax() else None
     if model is None or None in x.shape[:2]:
-        return tokens_apart(x)
+        return None, None
     distribution = keras.distribution.distribution()
     context = shards_of_columns(x.shape[1])
     if x.shape[1] % (context * distribution.device_mesh.backend_mesh.shape[model]):
-        return tokens_apart(x)
-    columns = (axis_of_columns(), model) if context > 1 else model
-    return _laid_out(x, _axis_of_rows(distribution, x.shape), columns)
+        return None, None
+    rows = _axis_of_rows(distribution, x.shape)
+    columns = (axis_of_columns(),) if context > 1 else ()
+    return _sharding(rows, columns), _sharding(rows, (*columns, model))
 
 
 def branch_apart(x):
@@ -118,7 +136,7 @@ def gathered(value, variable):
         A tensor of the same shape; `value` itself where nothing cuts it along such an axis.
     """
     parts, whole = shardings_of_weight(variable)
-    return value if parts is None else _gather(parts, whole)(value)
+    return value if parts is None else _exchange(parts, whole)(value)
 
 
 def shardings_of_weight(variable):
@@ -142,17 +160,20 @@ def shardings_of_weight(variable):
 
 
 @functools.cache
-def _gather(parts, whole):
+def _exchange(given, wanted):
+    """Function of a tensor laid out as `given`, to one as `wanted`; its gradient takes the way back.
+
+    Without a word about the gradient XLA might sum it up whole on every device first.
+    """
     from jax import custom_vjp
     from jax.lax import with_sharding_constraint
 
-    gather = custom_vjp(lambda x: with_sharding_constraint(x, whole))
-    # Otherwise the gradient would be summed up whole on every device first.
-    gather.defvjp(
-        lambda x: (with_sharding_constraint(x, whole), None),
-        lambda _, gradient: (with_sharding_constraint(gradient, parts),),
+    exchange = custom_vjp(lambda x: with_sharding_constraint(x, wanted))
+    exchange.defvjp(
+        lambda x: (with_sharding_constraint(x, wanted), None),
+        lambda _, gradient: (with_sharding_constraint(gradient, given),),
     )
-    return gather
+    return exchange
 
 
 def look_up(embedding, token_ids, cut_columns=False):

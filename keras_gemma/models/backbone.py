@@ -219,7 +219,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         else:
             for block in self.transformer_layers:
                 x = kernels.stream_apart(block(x, sine, cosine, segments))
-        return apart(self.layer_norm(x))
+        return kernels.out_of_stream(self.layer_norm(x))
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)

@@ -81,10 +81,10 @@ class GemmaDecoderBlock(keras.layers.Layer):
         self.built = True
 
     def call(self, x, sine, cosine, segment_ids, training=None):
-        normed = kernels.tokens_apart(self.pre_attention_norm(x))
-        x = x + kernels.stream_apart(self.attention(normed, sine, cosine, segment_ids, training=training))
-        normed = kernels.tokens_apart(self.pre_ffw_norm(x))
-        return x + kernels.stream_apart(self._geglu(normed, training))
+        normed = kernels.out_of_stream(self.pre_attention_norm(x))
+        x = x + kernels.into_stream(self.attention(normed, sine, cosine, segment_ids, training=training))
+        normed = kernels.out_of_stream(self.pre_ffw_norm(x))
+        return x + kernels.into_stream(self._geglu(normed, training))
 
     def feed_forward(self, x):
         """The GeGLU branch of `x` `[B, T, D]`, without its residual."""

@@ -112,7 +112,8 @@ def assert_equal_to_one_device(shape, *meshes, check=None, **settings):
 def what_is_kept_of_blocks_is_cut_along_the_model_axis():
     with pods(1, 2, 4).scope():
         model = build(num_layers=3, scan_layers=True, recompute="block")
-        model.compile(AdamW())
+        model.compile(AdamW(1e-2))
+        model.optimizer.build(model.trainable_variables)
         program = compiled_step(model, examples(8))
     # The inputs of three blocks: 4 of 8 rows, 2 of 8 columns.
     assert "f32[3,4,2,16]" in program
