@@ -13,9 +13,7 @@ documentation, if seldom true ones, and a perplexity of held-out responses of ab
 merged preset lie in `finetuned`.
 """
 
-import argparse
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -25,6 +23,8 @@ from keras_gemma import startup
 startup.leave_out_tensorflow()
 
 import keras
+from tiny.options import Options
+from tiny.options import run
 from tiny.standard_library import names_and_summaries
 
 from keras_gemma import GemmaCausalLM
@@ -89,27 +89,20 @@ def main(options):
 
 
 def parsed_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(name, default, help, **kwargs):
-        kwargs.setdefault("type", type(default))
-        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
+    parser = Options(__doc__)
 
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines (default: of the standard library)")
-    option("--output", Path("finetuned"), "folder for adapters and merged preset", type=Path)
-    option("--preset", "gemma_tiny_en", "name, folder or handle of the model")
-    option("--rank", 8, "of the adapters")
-    option("--sequence-length", 128, "tokens of a row, which several pairs share")
-    option("--batch-size", 8, "rows of a step")
-    option("--epochs", 3, "passes over the pairs")
-    option("--learning-rate", 7e-3, "after ten steps")
-    option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
-    option("--seed", 0, "of adapters and order")
+    parser.option("--output", Path("finetuned"), "folder for adapters and merged preset", type=Path)
+    parser.option("--preset", "gemma_tiny_en", "name, folder or handle of the model")
+    parser.option("--rank", 8, "of the adapters")
+    parser.option("--sequence-length", 128, "tokens of a row, which several pairs share")
+    parser.option("--batch-size", 8, "rows of a step")
+    parser.option("--epochs", 3, "passes over the pairs")
+    parser.option("--learning-rate", 7e-3, "after ten steps")
+    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
+    parser.option("--seed", 0, "of adapters and order")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
-        main(parsed_options())
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        sys.exit(f"finetune_lora.py: error: {error}")
+    run(main, parsed_options())

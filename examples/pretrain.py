@@ -14,11 +14,9 @@ to about 2.5 and code from 7.0 to about 2.1; the samples look like documentation
 and the preset lie in `pretrained`.
 """
 
-import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -28,7 +26,9 @@ from keras_gemma import startup
 startup.leave_out_tensorflow()
 
 import keras
+from tiny.options import Options
 from tiny.options import named
+from tiny.options import run
 from tiny.standard_library import prose_and_code
 
 from keras_gemma import GemmaBackbone
@@ -136,32 +136,28 @@ def main(options):
 
 
 def parsed_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
 
     def pairs(name, convert, metavar, help):
         parser.add_argument(name, action="append", type=named(convert), default=[], metavar=metavar, help=help)
 
-    def option(name, default, help, **kwargs):
-        kwargs.setdefault("type", type(default))
-        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
     pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: the standard library, prose and code)")
     pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
     pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
-    option("--late-after", 2000, "examples until the later shares hold")
-    option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
-    option("--layers", 2, "decoder blocks")
-    option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
-    option("--sequence-length", 256, "tokens of a row")
-    option("--batch-size", 8, "rows of a step")
-    option("--accumulate", 2, "parts of a step, one of which is in memory at a time")
-    option("--epochs", 6, "stretches that fit reports on")
-    option("--steps-per-epoch", 50, "steps of a stretch")
-    option("--save-every", 50, "steps from one checkpoint to the next")
-    option("--learning-rate", 5e-3, "its peak")
-    option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
-    option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
-    option("--seed", 0, "of weights and order")
+    parser.option("--late-after", 2000, "examples until the later shares hold")
+    parser.option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
+    parser.option("--layers", 2, "decoder blocks")
+    parser.option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
+    parser.option("--sequence-length", 256, "tokens of a row")
+    parser.option("--batch-size", 8, "rows of a step")
+    parser.option("--accumulate", 2, "parts of a step, one of which is in memory at a time")
+    parser.option("--epochs", 6, "stretches that fit reports on")
+    parser.option("--steps-per-epoch", 50, "steps of a stretch")
+    parser.option("--save-every", 50, "steps from one checkpoint to the next")
+    parser.option("--learning-rate", 5e-3, "its peak")
+    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
+    parser.option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
+    parser.option("--seed", 0, "of weights and order")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="folder for event files")
     options = parser.parse_args()
     if options.width < HEAD_DIM or options.width % HEAD_DIM:
@@ -172,9 +168,4 @@ def parsed_options():
 
 
 if __name__ == "__main__":
-    try:
-        main(parsed_options())
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        sys.exit(f"pretrain.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("pretrain.py: stopped. The same command goes on from the last checkpoint.")
+    run(main, parsed_options(), if_stopped="stopped. The same command goes on from the last checkpoint.")

@@ -47,9 +47,7 @@ Expected there: the small bundled model goes on with what Python's standard libr
 every 10 steps, for about a minute. `keras-gemma plan` says before a pod is rented whether it will hold the training.
 """
 
-import argparse
 import os
-import sys
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -60,7 +58,9 @@ startup.leave_out_tensorflow()
 import grain
 import jax
 import keras
+from tiny.options import Options
 from tiny.options import named
+from tiny.options import run
 from tiny.standard_library import prose_and_code
 
 from keras_gemma import GemmaCausalLM
@@ -117,31 +117,27 @@ def source_of(file):
 
 
 def parsed_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
 
-    def option(name, default, help, **kwargs):
-        kwargs.setdefault("type", type(default))
-        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
-    option("--config", "local_data", "the mesh by name", choices=distribution.CONFIGURATIONS, metavar="NAME")
-    option("--preset", "gemma_tiny_en", "the model, by name or folder")
+    parser.option("--config", "local_data", "the mesh by name", choices=distribution.CONFIGURATIONS, metavar="NAME")
+    parser.option("--preset", "gemma_tiny_en", "the model, by name or folder")
     parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
     pair = {"action": "append", "default": []}
     parser.add_argument(
         "--text", type=named(str), metavar="NAME=FILE", help="a source: .jsonl or ArrayRecord, a 'text' each", **pair
     )
     parser.add_argument("--weight", type=named(float), metavar="NAME=SHARE", help="its share of the examples", **pair)
-    option("--sequence-length", 128, "tokens of a row")
-    option("--batch-size", 16, "rows of a step, on all hosts together")
-    option("--accumulate", 1, "parts of a step, one of which is in memory at a time")
-    option("--epochs", 3, "stretches that fit reports on")
-    option("--steps-per-epoch", 10, "steps of a stretch")
-    option("--learning-rate", 1e-4, "its peak")
-    option(
+    parser.option("--sequence-length", 128, "tokens of a row")
+    parser.option("--batch-size", 16, "rows of a step, on all hosts together")
+    parser.option("--accumulate", 1, "parts of a step, one of which is in memory at a time")
+    parser.option("--epochs", 3, "stretches that fit reports on")
+    parser.option("--steps-per-epoch", 10, "steps of a stretch")
+    parser.option("--learning-rate", 1e-4, "its peak")
+    parser.option(
         "--checkpoints", "pretrained_tpu/checkpoints", "a folder that all hosts share, gs:// too; a run goes on there"
     )
-    option("--save-every", 10, "steps from one checkpoint to the next")
-    option("--seed", 0, "of weights and order")
+    parser.option("--save-every", 10, "steps from one checkpoint to the next")
+    parser.option("--seed", 0, "of weights and order")
     parser.add_argument("--save-preset", metavar="FOLDER", help="for the trained model, on the first host")
     parser.add_argument("--tensorboard", metavar="FOLDER", help="for event files")
     parser.add_argument("--dtype", help="of the model (default: mixed_bfloat16 on TPUs, else float32)")
@@ -155,7 +151,4 @@ def parsed_options():
 
 
 if __name__ == "__main__":
-    try:
-        main(parsed_options())
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        sys.exit(f"pretrain_tpu.py: error: {error}")
+    run(main, parsed_options(), if_stopped="stopped. The same command goes on from the last checkpoint.")

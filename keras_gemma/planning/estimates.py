@@ -56,9 +56,11 @@ class Estimates:
 
     def _temporaries(self, candidate):
         model, tokens = candidate.model, candidate.rows * self._length
-        of_products = 3 * self._width + (self._heads + self._ffw) / model
-        saved = {"block": self._width, "dots": of_products, "none": 2 * of_products}[candidate.recompute]
-        of_one_block = 2 * of_products * tokens + 2 * self._block / model
+        of_stream, within_branches = 3 * self._width, (self._heads + self._ffw) / model
+        # Between branches a chip has its columns only.
+        of_products = of_stream / model + within_branches
+        saved = {"block": self._width / model, "dots": of_products, "none": 2 * of_products}[candidate.recompute]
+        of_one_block = 2 * (of_stream + within_branches) * tokens + 2 * self._block / model
         activations = (self._layers * saved * tokens + of_one_block) * BYTES_OF_COMPUTATION
         logits = LOGITS_AT_ONCE * BYTES_OF_A_LOGIT * self._sizes["vocabulary_size"] / model
         table = self._table / model * (BYTES_OF_COMPUTATION + BYTES_OF_STATE)
