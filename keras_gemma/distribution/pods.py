@@ -17,6 +17,9 @@ class PodParallel(keras.distribution.ModelParallel):
     Batches are cut along `replica` and `data`, weights along `data` and `model` only. With a replica for every pod,
     nothing but the gradients' sum crosses pods. Heads that the model axis does not divide stay whole.
 
+    Devices along `model` have the same rows: each computes with its part of the weights, and between attention and
+    feed-forward it keeps hidden states of its part of the tokens only, if they divide the tokens of a row.
+
     Along `context` the tokens of a row are cut, for rows too long for one device: hidden states from the embeddings
     to the loss, and the queries of attention, whose keys and values every device gathers. Weights are cut along
     `data` and `context` together. Twice the devices along `context` must divide the length of the rows that are

@@ -9,14 +9,16 @@ import os
 import subprocess
 import sys
 
-# Tokens of a row; one row for each part of the batch.
+# Tokens of a row, and rows where there is more than one for each part of the batch.
 CASES = {
     "2B on v5e:4x4, 512 tokens": ("gemma_2b_en", "gemma_2b_v5e_16", 512),
     "2B on v5e:4x4, 2048 tokens": ("gemma_2b_en", "gemma_2b_v5e_16", 2048),
     "2B on v5e:4x4, 8192 tokens": ("gemma_2b_en", "gemma_2b_v5e_16", 8192),
     "2B on 2 x v5e:16x16, 8192 tokens": ("gemma_2b_en", "gemma_2b_v5e_512", 8192),
     "7B on v5e:16x16, 8192 tokens": ("gemma_7b_en", "gemma_7b_v5e_256", 8192),
+    "7B on v5e:16x16, 256 rows of 8192 tokens": ("gemma_7b_en", "gemma_7b_v5e_256", 8192, 256),
     "7B on 16 x v5e:16x16, 8192 tokens": ("gemma_7b_en", "gemma_7b_v5e_4096", 8192),
+    "7B on 16 x v5e:16x16, 4096 rows of 8192 tokens": ("gemma_7b_en", "gemma_7b_v5e_4096", 8192, 4096),
 }
 # keras-hub compiles for up to ten minutes, and no distribution of it knows pods.
 OF_KERAS_HUB = ("2B on v5e:4x4, 512 tokens", "2B on v5e:4x4, 2048 tokens", "7B on v5e:16x16, 2048 tokens")
@@ -57,12 +59,12 @@ def table(results):
         )
 
 
-def of_keras_gemma(preset, config, length):
+def of_keras_gemma(preset, config, length, rows=None):
     import dataclasses
 
     from keras_gemma.planning import plan
 
-    return dataclasses.asdict(plan(preset, config, length))
+    return dataclasses.asdict(plan(preset, config, length, rows))
 
 
 def of_keras_hub(preset, config, length):
