@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 from keras.src.backend.common import global_state
 
+from keras_gemma.checkpoints.canonical import listed
+
 UNINITIALIZED = "uninitialized_variables"
-SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,18 @@ def _check_covered(model, wanted):
     covered = {id(want.variable) for want in wanted}
     left = [v.path for v in model.variables if id(v) not in covered and "seed_generator" not in v.path]
     if left:
-        raise ValueError(f"Weight files of Gemma keep no value for {_listed(left)}.")
+        raise ValueError(f"Weight files of Gemma keep no value for {listed(left)}.")
 
 
 def _check_names(wanted, stored, where, ignored):
     missing = [want for want in wanted if want.name not in stored]
     if missing:
-        variables = _listed([want.variable.path for want in missing])
-        raise ValueError(f"`{where}` lacks {_listed([want.name for want in missing])}, the values of {variables}.")
+        variables = listed([want.variable.path for want in missing])
+        raise ValueError(f"`{where}` lacks {listed([want.name for want in missing])}, the values of {variables}.")
     extra = sorted(set(stored) - {want.name for want in wanted} - set(ignored))
     if extra:
         raise ValueError(
-            f"`{stored[extra[0]].file}` holds {_listed(extra)}, for which this configuration has no variable. "
+            f"`{stored[extra[0]].file}` holds {listed(extra)}, for which this configuration has no variable. "
             "Does `config.json` belong to these weights?"
         )
 
@@ -117,11 +118,6 @@ def _check_tensor(want, tensor):
 
 def _is_float(dtype):
     return dtype == "bfloat16" or np.issubdtype(np.dtype(dtype), np.floating)
-
-
-def _listed(names):
-    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_NAMES])
-    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
 
 
 def _give_value(variable, array):

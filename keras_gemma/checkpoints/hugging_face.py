@@ -1,22 +1,20 @@
 """The Hugging Face format of Gemma 1: `config.json`, safetensors and `tokenizer.model`.
 
-Letters: D width, N query heads, K key-value heads, H head dim, F feed-forward. Kernels are kept as `torch.nn.Linear`
-keeps them, outputs first, with heads and head dim folded into one axis.
+Kernels are kept as `torch.nn.Linear` keeps them, outputs first, with heads and head dim folded into one axis.
 """
 
 import os
+import pathlib
 
-import numpy as np
-
-from keras_gemma.checkpoints.filling import Wanted
-from keras_gemma.checkpoints.filling import fill
-from keras_gemma.checkpoints.keras_preset import variables_by_name
+from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints.keras_preset import fill_from
 from keras_gemma.checkpoints.locating import optional_file
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 
+FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VOCABULARY_FILE = "tokenizer.model"
@@ -42,23 +40,26 @@ class HuggingFacePreset:
         self.config = config
         _check_architecture(location, config)
 
-    def backbone_config(self, cls):
-        """Constructor arguments of the backbone."""
+    @property
+    def sizes(self):
+        """The model's `Sizes`."""
         try:
-            return {
-                "vocabulary_size": self.config["vocab_size"],
-                "num_layers": self.config["num_hidden_layers"],
-                "num_query_heads": self.config["num_attention_heads"],
-                "num_key_value_heads": self.config["num_key_value_heads"],
-                "hidden_dim": self.config["hidden_size"],
-                "intermediate_dim": 2 * self.config["intermediate_size"],
-                "head_dim": self.config["head_dim"],
-                "layer_norm_epsilon": self.config.get("rms_norm_eps", 1e-6),
-                "dropout": self.config.get("attention_dropout", 0.0),
-                "dtype": None,
-            }
+            return canonical.Sizes(
+                vocabulary_size=self.config["vocab_size"],
+                num_layers=self.config["num_hidden_layers"],
+                num_query_heads=self.config["num_attention_heads"],
+                num_key_value_heads=self.config["num_key_value_heads"],
+                hidden_dim=self.config["hidden_size"],
+                intermediate_dim=2 * self.config["intermediate_size"],
+                head_dim=self.config["head_dim"],
+                layer_norm_epsilon=self.config.get("rms_norm_eps", 1e-6),
+            )
         except KeyError as error:
             raise ValueError(f"`config.json` of `{self.location}` lacks {error}.") from error
+
+    def backbone_config(self, cls):
+        """Constructor arguments of the backbone."""
+        return {**self.sizes._asdict(), "dropout": self.config.get("attention_dropout", 0.0), "dtype": None}
 
     def task_config(self, cls):
         return None
@@ -75,12 +76,28 @@ class HuggingFacePreset:
 
     def fill_backbone(self, backbone):
         """Gives a backbone that was built without values those of the preset."""
+        fill_from(self.checkpoint(), backbone)
+
+    def checkpoint(self):
+        """The model's `Checkpoint`."""
         where, files = self._weight_files()
         stored = tensors_of_files(files, safetensors_tensors)
         # A bare `GemmaModel` is saved without the task's prefix.
         prefix = "" if "embed_tokens.weight" in stored else "model."
-        wanted = [_wanted(prefix, name, variable) for name, variable in variables_by_name(backbone)]
-        fill(backbone, wanted, stored, where, ignored=[name for name in stored if _is_redundant(name)])
+        return canonical.Checkpoint(
+            path=self.location,
+            format=FORMAT,
+            sizes=self.sizes,
+            table=table_of(self.sizes, prefix),
+            stored=stored,
+            where=where,
+            ignored=tuple(name for name in stored if _is_redundant(name)),
+            proto=self._proto,
+        )
+
+    def _proto(self):
+        path = optional_file(self.location, VOCABULARY_FILE)
+        return pathlib.Path(path).read_bytes() if path else None
 
     def _weight_files(self):
         index = optional_file(self.location, INDEX_FILE)
@@ -117,57 +134,27 @@ def _is_redundant(name):
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
-# === Layouts ===
+# === Tensors ===
 
 
-def _wanted(prefix, keras_name, variable):
-    if not keras_name.endswith("/vars/0"):
-        raise ValueError("The Hugging Face format has floating weights only. Received: a quantised `dtype`")
-    path = keras_name.removeprefix("layers/").removesuffix("/vars/0")
-    shape = tuple(variable.shape)
-    if path == "reversible_embedding":
-        return Wanted(variable, f"{prefix}embed_tokens.weight", shape, _unchanged)
-    if path == "rms_normalization":
-        return Wanted(variable, f"{prefix}norm.weight", shape, _unchanged)
-    block, _, layer = path.partition("/")
-    index = block.removeprefix("gemma_decoder_block").removeprefix("_") or "0"
-    name, layout = BLOCK_TENSORS[layer]
-    file_shape, convert = layout(shape)
-    return Wanted(variable, f"{prefix}layers.{index}.{name}.weight", file_shape, convert)
-
-
-def _unchanged(array):
-    return array
-
-
-def _raw(shape):
-    return shape, _unchanged
-
-
-def _transposed(shape):
-    return shape[::-1], np.transpose
-
-
-def _from_heads(shape):
-    """`(N·H, D)` → `(N, D, H)`."""
-    heads, width, head_dim = shape
-    return (heads * head_dim, width), lambda array: array.reshape(heads, head_dim, width).transpose(0, 2, 1)
-
-
-def _to_width(shape):
-    """`(D, N·H)` → `(N, H, D)`."""
-    heads, head_dim, width = shape
-    return (width, heads * head_dim), lambda array: array.T.reshape(heads, head_dim, width)
+def table_of(sizes, prefix="model."):
+    """What a model of these `Sizes` has in this format, as `FileTensor`s."""
+    wanted = canonical.shapes(sizes)
+    return [
+        canonical.as_it_is(f"{prefix}embed_tokens.weight", "embedding", wanted["embedding"]),
+        *canonical.of_blocks(sizes, prefix + "layers.{index}.{name}.weight", BLOCK_TENSORS),
+        canonical.as_it_is(f"{prefix}norm.weight", "final_norm", wanted["final_norm"]),
+    ]
 
 
 BLOCK_TENSORS = {
-    "pre_attention_norm": ("input_layernorm", _raw),
-    "attention/query_dense": ("self_attn.q_proj", _from_heads),
-    "attention/key_dense": ("self_attn.k_proj", _from_heads),
-    "attention/value_dense": ("self_attn.v_proj", _from_heads),
-    "attention/output_dense": ("self_attn.o_proj", _to_width),
-    "pre_ffw_norm": ("post_attention_layernorm", _raw),
-    "gating_ffw": ("mlp.gate_proj", _transposed),
-    "gating_ffw_2": ("mlp.up_proj", _transposed),
-    "ffw_linear": ("mlp.down_proj", _transposed),
+    "attention_norm": ("input_layernorm", canonical.as_it_is),
+    "query": ("self_attn.q_proj", canonical.heads_first),
+    "key": ("self_attn.k_proj", canonical.heads_first),
+    "value": ("self_attn.v_proj", canonical.heads_first),
+    "output": ("self_attn.o_proj", canonical.heads_last),
+    "ffw_norm": ("post_attention_layernorm", canonical.as_it_is),
+    "gate": ("mlp.gate_proj", canonical.transposed),
+    "up": ("mlp.up_proj", canonical.transposed),
+    "down": ("mlp.down_proj", canonical.transposed),
 }

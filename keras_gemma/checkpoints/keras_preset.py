@@ -7,6 +7,7 @@ import os
 
 import keras
 
+from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.filling import Wanted
 from keras_gemma.checkpoints.filling import fill
@@ -19,17 +20,20 @@ from keras_gemma.checkpoints.tensor_files import tensors_of_files
 PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
 LOADABLE_QUANTIZATIONS = (None, "int8", "int4", "float8")
-BLOCK_LAYERS = (
-    "pre_attention_norm",
-    "attention/query_dense",
-    "attention/key_dense",
-    "attention/value_dense",
-    "attention/output_dense",
-    "pre_ffw_norm",
-    "gating_ffw",
-    "gating_ffw_2",
-    "ffw_linear",
-)
+FORMAT = "keras"
+EMBEDDING, FINAL_NORM = "layers/reversible_embedding", "layers/rms_normalization"
+# The layers of a block by what they keep, as `canonical` calls it.
+BLOCK_LAYERS = {
+    "attention_norm": "pre_attention_norm",
+    "query": "attention/query_dense",
+    "key": "attention/key_dense",
+    "value": "attention/value_dense",
+    "output": "attention/output_dense",
+    "ffw_norm": "pre_ffw_norm",
+    "gate": "gating_ffw",
+    "up": "gating_ffw_2",
+    "down": "ffw_linear",
+}
 
 
 class KerasPreset:
@@ -140,15 +144,47 @@ def variables_by_name(backbone):
 
 
 def _layers_by_path(backbone):
-    yield "layers/reversible_embedding", backbone.token_embedding
-    for i, block in enumerate(backbone.transformer_layers):
-        prefix = f"layers/gemma_decoder_block_{i}" if i else "layers/gemma_decoder_block"
-        for path in BLOCK_LAYERS:
+    yield EMBEDDING, backbone.token_embedding
+    for index, block in enumerate(backbone.transformer_layers):
+        for path in BLOCK_LAYERS.values():
             layer = block
             for attribute in path.split("/"):
                 layer = getattr(layer, attribute)
-            yield f"{prefix}/{path}", layer
-    yield "layers/rms_normalization", backbone.layer_norm
+            yield f"{_block(index)}/{path}", layer
+    yield FINAL_NORM, backbone.layer_norm
+
+
+def _block(index):
+    return f"layers/gemma_decoder_block_{index}" if index else "layers/gemma_decoder_block"
+
+
+def table_of(sizes):
+    """What a model of these `Sizes` has in this format, as `FileTensor`s."""
+    names = {"embedding": EMBEDDING, "final_norm": FINAL_NORM}
+    for index in range(sizes.num_layers):
+        names |= {f"blocks.{index}.{part}": f"{_block(index)}/{path}" for part, path in BLOCK_LAYERS.items()}
+    return [canonical.as_it_is(f"{names[part]}/vars/0", part, shape) for part, shape in canonical.shapes(sizes).items()]
+
+
+def fill_from(checkpoint, backbone):
+    """Gives a backbone that was built without values those of a `Checkpoint` of any format.
+
+    Raises:
+        ValueError: as `fill`, and for a quantised backbone.
+    """
+    variables = dict(variables_by_name(backbone))
+    names = {entry.parts[0]: entry.name for entry in table_of(checkpoint.sizes)}
+    if quantized := set(variables) - set(names.values()):
+        raise ValueError(
+            f"The format {checkpoint.format!r} has floating weights only. "
+            f"Received: a quantised `dtype`, with {canonical.listed(sorted(quantized))}"
+        )
+    wanted = [
+        Wanted(variables[names[part]], entry.name, tuple(entry.shape), canonical.taker(entry, place))
+        for entry in checkpoint.table
+        for place, part in enumerate(entry.parts)
+    ]
+    fill(backbone, wanted, checkpoint.stored, checkpoint.where, checkpoint.ignored)
 
 
 def is_of_class(content, cls):

@@ -1,4 +1,4 @@
-"""Programs of the bundled preset, compiled by the TPU's own compiler."""
+"""Programs compiled by the TPU's own compiler, most of them of the bundled preset."""
 
 import keras
 import pytest
@@ -32,7 +32,8 @@ def test_nothing_crosses_pods_but_the_sum_of_gradients():
 
 
 def test_decoding_has_one_cache():
-    made = plan("gemma_tiny_en", "gemma_2b_v5e_8_serving", 4096, 64)
+    # The bundled preset's heads are narrower than the chip's vectors, which fills them up for a while.
+    made = plan("gemma_2b_en", "gemma_2b_v5e_8_serving", 4096, 64, phase="decode")
     assert made.memory["temporaries"] < made.memory["cache"] / 2
 
 

@@ -1,0 +1,260 @@
+"""Gemma's tensors under one set of names, whatever file they come from or go to.
+
+V vocabulary, D width, N query heads, K key-value heads, H head dim, F feed-forward.
+
+    embedding                       V, D
+    blocks.0.attention_norm         D
+    blocks.0.query                  N, D, H
+    blocks.0.key, blocks.0.value    K, D, H
+    blocks.0.output                 N, H, D
+    blocks.0.ffw_norm               D
+    blocks.0.gate, blocks.0.up      D, F
+    blocks.0.down                   F, D
+    final_norm                      D
+
+Norms are stored without the one that is added to them. Each format has a table of `FileTensor`s: what its file has in
+place of these. The table serves in both directions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_gemma.checkpoints.tensor_files import StoredTensor
+
+SHOWN_NAMES = 3
+ROWS_AT_ONCE = 1024
+BLOCK = {
+    "attention_norm": "D",
+    "query": "NDH",
+    "key": "KDH",
+    "value": "KDH",
+    "output": "NHD",
+    "ffw_norm": "D",
+    "gate": "DF",
+    "up": "DF",
+    "down": "FD",
+}
+
+
+class Sizes(NamedTuple):
+    """What Gemma's configurations differ in, under the names of `GemmaBackbone`."""
+
+    vocabulary_size: int
+    num_layers: int
+    num_query_heads: int
+    num_key_value_heads: int
+    hidden_dim: int
+    intermediate_dim: int
+    head_dim: int
+    layer_norm_epsilon: float = 1e-6
+
+    @property
+    def letters(self):
+        """The size that each letter stands for."""
+        return {
+            "V": self.vocabulary_size,
+            "D": self.hidden_dim,
+            "N": self.num_query_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+            "F": self.intermediate_dim // 2,
+        }
+
+
+def shapes(sizes):
+    """The shape of every tensor of a model, by name, in the order in which a token meets them."""
+    letters = sizes.letters
+    rows = {"embedding": "VD"}
+    for index in range(sizes.num_layers):
+        rows |= {f"blocks.{index}.{name}": row for name, row in BLOCK.items()}
+    rows["final_norm"] = "D"
+    return {name: tuple(letters[letter] for letter in row) for name, row in rows.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a file, and what it holds.
+
+    Attributes:
+        name: string, in the file.
+        shape: tuple of ints, in the file.
+        parts: tuple of names of this module.
+        split: callable from the array of the file to the arrays of the parts, a tuple.
+        join: callable from the arrays of the parts to the array of the file.
+    """
+
+    name: str
+    shape: tuple
+    parts: tuple
+    split: Callable
+    join: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model in some format, of which nothing has been read but names, shapes and dtypes.
+
+    Attributes:
+        path: string, what was opened.
+        format: string, its name.
+        sizes: `Sizes`.
+        table: list of `FileTensor`: what a model of these sizes has in this format.
+        stored: dict of `StoredTensor` by their names in the files.
+        where: string, what lists the tensors, for messages.
+        ignored: tuple of names in the files that no model needs.
+        proto: callable without arguments to the bytes of the SentencePiece model, `None` where there is none.
+    """
+
+    path: str
+    format: str
+    sizes: Sizes
+    table: list
+    stored: dict
+    where: str
+    ignored: tuple = ()
+    proto: Callable = lambda: None
+
+    @functools.cached_property
+    def tensors(self):
+        """Dict of `StoredTensor` by the names of this module; none of them is read before it is asked for.
+
+        Raises:
+            ValueError: for a missing, additional or misshapen tensor, naming it.
+        """
+        _check_names(self.table, self.stored, self.where, self.ignored)
+        of_parts, tensors = shapes(self.sizes), {}
+        for entry in self.table:
+            source = self.stored[entry.name]
+            _check_shape(entry, source)
+            for place, part in enumerate(entry.parts):
+                read = functools.partial(_part, taker(entry, place), source)
+                tensors[part] = StoredTensor(source.file, entry.name, of_parts[part], source.dtype, read)
+        return tensors
+
+
+def _part(take, source):
+    return take(source.read())
+
+
+def taker(entry, place):
+    """Function from the array of a `FileTensor` to that of one of its parts."""
+    return lambda array: entry.split(array)[place]
+
+
+def arranged(table, tensors, dtype=None):
+    """Tensors as a file of another format has them.
+
+    Args:
+        table: list of `FileTensor`, of the other format.
+        tensors: dict of `StoredTensor`, of a `Checkpoint`.
+        dtype: optional NumPy dtype to cast to.
+
+    Returns:
+        A list of `StoredTensor` in the order of the table. Each is put together, cast and looked at when it is read: a
+        number that is not finite is a `ValueError` that names the tensor.
+    """
+    made = []
+    for entry in table:
+        parts = [tensors[part] for part in entry.parts]
+        cast_to = np.dtype(dtype or np.result_type(*(part.dtype for part in parts)))
+        read = functools.partial(_joined, entry, parts, cast_to)
+        made.append(StoredTensor(parts[0].file, entry.name, tuple(entry.shape), cast_to, read))
+    return made
+
+
+def _joined(entry, parts, dtype):
+    arrays = [part.read() for part in parts]
+    for part, array in zip(parts, arrays):
+        _check_finite(part, array)
+    return np.ascontiguousarray(entry.join(*arrays).astype(dtype, copy=False))
+
+
+def _check_finite(part, array):
+    # Some rows at a time: a mask of all of them would take memory of its own.
+    for row in range(0, len(array), ROWS_AT_ONCE):
+        if not np.isfinite(array[row : row + ROWS_AT_ONCE]).all():
+            raise ValueError(f"`{part.file}` keeps a number that is not finite in `{part.name}`.")
+
+
+def _check_shape(entry, source):
+    if tuple(source.shape) != tuple(entry.shape):
+        raise ValueError(
+            f"`{source.file}` keeps `{entry.name}` in shape {tuple(source.shape)}, but a model of its other sizes "
+            f"needs {tuple(entry.shape)}."
+        )
+
+
+def _check_names(table, stored, where, ignored):
+    names = {entry.name for entry in table}
+    missing = [entry.name for entry in table if entry.name not in stored]
+    if missing:
+        raise ValueError(f"`{where}` lacks {listed(missing)}.")
+    extra = sorted(set(stored) - names - set(ignored))
+    if extra:
+        raise ValueError(f"`{stored[extra[0]].file}` holds {listed(extra)}, for which Gemma 1 has no variable.")
+
+
+def listed(names):
+    """Some names for a message."""
+    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_NAMES])
+    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
+
+
+# === What tables are made of ===
+
+
+def as_it_is(name, part, shape):
+    """A tensor that a file has as this module has it."""
+    return FileTensor(name, shape, (part,), lambda array: (array,), lambda array: array)
+
+
+def transposed(name, part, shape):
+    """A matrix that a file has with its axes exchanged."""
+    return FileTensor(name, shape[::-1], (part,), lambda array: (array.T,), lambda array: array.T)
+
+
+def heads_first(name, part, shape):
+    """`(N, D, H)`, which a file has as `(N·H, D)`."""
+    heads, width, head_dim = shape
+    return FileTensor(
+        name,
+        (heads * head_dim, width),
+        (part,),
+        lambda array: (array.reshape(heads, head_dim, width).transpose(0, 2, 1),),
+        lambda array: array.transpose(0, 2, 1).reshape(heads * head_dim, width),
+    )
+
+
+def heads_last(name, part, shape):
+    """`(N, H, D)`, which a file has as `(D, N·H)`."""
+    heads, head_dim, width = shape
+    return FileTensor(
+        name,
+        (width, heads * head_dim),
+        (part,),
+        lambda array: (array.T.reshape(heads, head_dim, width),),
+        lambda array: array.reshape(heads * head_dim, width).T,
+    )
+
+
+def of_blocks(sizes, pattern, rows):
+    """Entries of all blocks.
+
+    Args:
+        sizes: `Sizes`.
+        pattern: string with `{index}` and `{name}`, a name in the file.
+        rows: dict of a name in the file and one of the functions above, by the name in `BLOCK`.
+
+    Returns:
+        A list of `FileTensor`.
+    """
+    wanted = shapes(sizes)
+    return [
+        make(pattern.format(index=index, name=name), f"blocks.{index}.{part}", wanted[f"blocks.{index}.{part}"])
+        for index in range(sizes.num_layers)
+        for part, (name, make) in rows.items()
+    ]
