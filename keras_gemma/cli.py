@@ -50,6 +50,10 @@ class UsageError(Exception):
     """A wrong combination of arguments that argparse cannot see."""
 
 
+class DoubtfulError(Exception):
+    """A checkpoint whose numbers cannot be right."""
+
+
 class DoesNotFitError(Exception):
     """A plan for too little memory."""
 
@@ -65,7 +69,8 @@ def _one_line(error):
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="keras-gemma",
-        description="Gemma language models in Keras: generate text, chat, list presets, plan training on TPUs.",
+        description="Gemma language models in Keras: generate text, chat, list presets, plan training on TPUs, convert "
+        "and inspect checkpoints.",
         epilog=f"""\
 examples:
   keras-gemma generate "The old man went"
@@ -74,6 +79,8 @@ examples:
   keras-gemma chat --preset gemma_1.1_instruct_2b_en
   keras-gemma presets
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096
+  keras-gemma convert gemma_tiny_en tiny.gguf
+  keras-gemma inspect tiny.gguf
 
 Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with the package and needs no download.
 `keras-gemma COMMAND --help` describes the options of a command.""",
@@ -85,6 +92,8 @@ Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with t
     _add_chat(commands)
     _add_presets(commands)
     _add_plan(commands)
+    _add_convert(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -209,6 +218,47 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each program")
     parser.add_argument("--plot", metavar="FILE", help="draw memory and times, as plan.png")
+
+
+def _add_convert(commands):
+    parser = _add_command(
+        commands,
+        convert,
+        help="write a model in another format",
+        description="Writes a model in another format, a tensor at a time. Numbers keep their dtype unless --dtype "
+        "asks for another. Nothing takes the target's name before all of it is written.",
+        epilog="""\
+formats:
+  keras          folders of presets           flax       folders of google-deepmind/gemma, Orbax
+  keras_weights  a single .weights.h5 file    pytorch    .bin of Hugging Face, .ckpt of gemma_pytorch; read only
+  hugging_face   folders with safetensors     gguf       files of llama.cpp
+
+examples:
+  keras-gemma convert gemma_tiny_en tiny.gguf
+  keras-gemma convert hf://google/gemma-2b gemma_2b --to keras --dtype bfloat16
+  keras-gemma convert gemma-7b.gguf gemma-7b --to hugging_face --max-shard-size 5""",
+    )
+    parser.add_argument("source", help="file, folder, kaggle:// or hf:// handle, or name of a preset")
+    parser.add_argument("target", help="path that does not exist yet")
+    parser.add_argument("--to", metavar="FORMAT", help="of the target, where .gguf or .weights.h5 do not say it")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; for GGUF q8_0 too (default: as it is)")
+    parser.add_argument(
+        "--max-shard-size", type=_positive_float, default=10, metavar="GB", help="of a file (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model, where the source has none")
+
+
+def _add_inspect(commands):
+    parser = _add_command(
+        commands,
+        inspect,
+        help="say what a checkpoint holds",
+        description="Says format, shapes, dtypes, parameters and tokenizer of a checkpoint, and whether its numbers "
+        "look sane. The exit status is 1 where they do not.",
+    )
+    parser.add_argument("path", help="file, folder, kaggle:// or hf:// handle, or name of a preset")
+    parser.add_argument("--no-numbers", dest="numbers", action="store_false", help="do not read the tensors")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
 
 
 def _add_command(commands, run, help, description, epilog=None):
@@ -402,9 +452,7 @@ def readable_count(parameters):
 
 def plan(args):
     # The TPU that a program is compiled for is not the one to run on.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["KERAS_BACKEND"] = "jax"
-    startup.leave_out_tensorflow()
+    _without_backend()
     plans = searched_plans(args) if args.search else plans_of_phases(args)
     if args.plot:
         plans[0].plot(args.plot)
@@ -439,6 +487,32 @@ def searched_plans(args):
         print(plans[0])
         print(f"to run it: {plans[0].settings}")
     return plans
+
+
+def convert(args):
+    _without_backend()
+    from keras_gemma.checkpoints import convert
+
+    options = {"format": args.to, "dtype": args.dtype, "tokenizer": args.tokenizer}
+    found = convert(args.source, args.target, max_shard_size=args.max_shard_size, **options)
+    print(f"{args.target}: from {found.format}, {len(found.tensors)} tensors")
+
+
+def inspect(args):
+    _without_backend()
+    from keras_gemma.checkpoints import inspect
+
+    found = inspect(args.path, args.numbers)
+    print(found.to_json() if args.json else found)
+    if found.doubts:
+        raise DoubtfulError(f"{args.path} does not look sane: {'; '.join(found.doubts)}")
+
+
+def _without_backend():
+    """No accelerator is taken, and no TensorFlow loaded, for what is done with files."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["KERAS_BACKEND"] = "jax"
+    startup.leave_out_tensorflow()
 
 
 # === Loading ===

@@ -106,6 +106,7 @@ class Checkpoint:
         stored: dict of `StoredTensor` by their names in the files.
         where: string, what lists the tensors, for messages.
         ignored: tuple of names in the files that no model needs.
+        copies: dict from a name among these to the name, as above, of the tensor that it should repeat.
         proto: callable without arguments to the bytes of the SentencePiece model, `None` where there is none.
     """
 
@@ -116,6 +117,7 @@ class Checkpoint:
     stored: dict
     where: str
     ignored: tuple = ()
+    copies: dict = dataclasses.field(default_factory=dict)
     proto: Callable = lambda: None
 
     @functools.cached_property

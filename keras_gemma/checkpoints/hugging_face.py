@@ -3,6 +3,7 @@
 Kernels are kept as `torch.nn.Linear` keeps them, outputs first, with heads and head dim folded into one axis.
 """
 
+import json
 import os
 import pathlib
 
@@ -11,14 +12,19 @@ from keras_gemma.checkpoints.keras_preset import fill_from
 from keras_gemma.checkpoints.locating import optional_file
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
+from keras_gemma.checkpoints.tensor_files import in_shards
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
+from keras_gemma.checkpoints.tensor_files import write_safetensors
+from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
 
 FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VOCABULARY_FILE = "tokenizer.model"
 ROPE_THETA = 10_000.0
+# Tokens of the rows that Gemma was trained on.
+LONGEST_TRAINED = 8192
 
 # `hidden_act` is not among them: configurations say "gelu" for historic reasons, and the tanh form is always meant.
 GEMMA_1_HAS = {"attention_bias": False, "tie_word_embeddings": True, "quantization_config": None}
@@ -92,6 +98,7 @@ class HuggingFacePreset:
             stored=stored,
             where=where,
             ignored=tuple(name for name in stored if _is_redundant(name)),
+            copies={"lm_head.weight": "embedding"} if "lm_head.weight" in stored else {},
             proto=self._proto,
         )
 
@@ -158,3 +165,72 @@ BLOCK_TENSORS = {
     "up": ("mlp.up_proj", canonical.transposed),
     "down": ("mlp.down_proj", canonical.transposed),
 }
+
+
+# === Writing ===
+
+
+def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
+    """Writes a folder that transformers loads, one tensor at a time.
+
+    Args:
+        target: path of a folder that does not exist yet.
+        sizes: `Sizes`.
+        tensors: dict of `StoredTensor`, as of a `Checkpoint`.
+        proto: bytes of the SentencePiece model, or `None`.
+        dtype: optional, one of float32, float16 and bfloat16 to cast to.
+        max_shard_size: int or float. Gigabytes (2³⁰ bytes) above which the weights are split into several files; `None`
+            never splits.
+    """
+    arranged = canonical.arranged(table_of(sizes), tensors, dtype)
+    files = {
+        "config.json": _json(config_of(sizes, str(arranged[0].dtype))),
+        "generation_config.json": _json(GENERATION_CONFIG),
+        **(hugging_face_files(proto) if proto else {}),
+    }
+    folder = pathlib.Path(target)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    shards = in_shards(arranged, max_shard_size)
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE_FILE, arranged)
+        return
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        write_safetensors(folder / name, shard)
+    places = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in arranged)}, "weight_map": places}
+    (folder / INDEX_FILE).write_bytes(_json(index))
+
+
+GENERATION_CONFIG = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def config_of(sizes, dtype):
+    """The content of `config.json` for a model of these `Sizes`."""
+    return {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "vocab_size": sizes.vocabulary_size,
+        "hidden_size": sizes.hidden_dim,
+        "intermediate_size": sizes.intermediate_dim // 2,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_query_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "head_dim": sizes.head_dim,
+        "rms_norm_eps": sizes.layer_norm_epsilon,
+        "rope_theta": ROPE_THETA,
+        "max_position_embeddings": LONGEST_TRAINED,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        **GENERATION_CONFIG,
+    }
+
+
+def _json(content):
+    return json.dumps(content, indent=2).encode() + b"\n"

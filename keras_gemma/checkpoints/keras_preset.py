@@ -3,7 +3,9 @@
 keras-hub writes it, under the names `keras_hub>…` and in its first years `keras_nlp>…`, and so does keras_gemma.
 """
 
+import json
 import os
+import pathlib
 
 import keras
 
@@ -11,11 +13,15 @@ from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.filling import Wanted
 from keras_gemma.checkpoints.filling import fill
+from keras_gemma.checkpoints.filling import without_values
 from keras_gemma.checkpoints.locating import optional_file
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
+from keras_gemma.checkpoints.saving import write_settings
 from keras_gemma.checkpoints.tensor_files import h5_tensors
+from keras_gemma.checkpoints.tensor_files import in_shards
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
+from keras_gemma.checkpoints.tensor_files import write_h5
 
 PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
@@ -92,6 +98,37 @@ class KerasPreset:
         wanted = [Wanted(v, name, tuple(v.shape), lambda array: array) for name, v in variables_by_name(backbone)]
         fill(backbone, wanted, stored, where)
 
+    def checkpoint(self):
+        """The model's `Checkpoint`.
+
+        Raises:
+            ValueError: for another architecture, and for quantised weights.
+        """
+        sizes = self._sizes()
+        where, files = self._weight_files()
+        stored = tensors_of_files(files, h5_tensors)
+        return canonical.Checkpoint(
+            path=self.location,
+            format=FORMAT,
+            sizes=sizes,
+            table=table_of(sizes),
+            stored=stored,
+            where=where,
+            proto=self._proto,
+        )
+
+    def _sizes(self):
+        if (self.config.get("registered_name") or "").rpartition(">")[2] != "GemmaBackbone":
+            raise ValueError(f"Gemma 1 is converted. Received: `{self.location}`, a `{self.config['registered_name']}`")
+        config = self.config["config"]
+        if is_quantized(config.get("dtype")):
+            raise ValueError(f"Floating weights are converted. Received: `{self.location}`, which is quantised")
+        return canonical.Sizes(**{name: config[name] for name in canonical.Sizes._fields if name in config})
+
+    def _proto(self):
+        path = optional_file(self.location, f"assets/{hub.TOKENIZER_CONFIG_FILE.split('.')[0]}/{VOCABULARY_FILE}")
+        return pathlib.Path(path).read_bytes() if path else None
+
     def task_weights_file(self):
         """Local path of the weights that a task has besides its backbone's."""
         return required_file(self.location, hub.TASK_WEIGHTS_FILE)
@@ -150,11 +187,11 @@ def _layers_by_path(backbone):
             layer = block
             for attribute in path.split("/"):
                 layer = getattr(layer, attribute)
-            yield f"{_block(index)}/{path}", layer
+            yield f"{block_path(index)}/{path}", layer
     yield FINAL_NORM, backbone.layer_norm
 
 
-def _block(index):
+def block_path(index):
     return f"layers/gemma_decoder_block_{index}" if index else "layers/gemma_decoder_block"
 
 
@@ -162,8 +199,51 @@ def table_of(sizes):
     """What a model of these `Sizes` has in this format, as `FileTensor`s."""
     names = {"embedding": EMBEDDING, "final_norm": FINAL_NORM}
     for index in range(sizes.num_layers):
-        names |= {f"blocks.{index}.{part}": f"{_block(index)}/{path}" for part, path in BLOCK_LAYERS.items()}
+        names |= {f"blocks.{index}.{part}": f"{block_path(index)}/{path}" for part, path in BLOCK_LAYERS.items()}
     return [canonical.as_it_is(f"{names[part]}/vars/0", part, shape) for part, shape in canonical.shapes(sizes).items()]
+
+
+def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
+    """Writes a preset, one tensor at a time.
+
+    Args:
+        target: path of a folder that does not exist yet.
+        sizes: `Sizes`.
+        tensors: dict of `StoredTensor`, as of a `Checkpoint`.
+        proto: bytes of the SentencePiece model, or `None`.
+        dtype: optional, one of float32, float16 and bfloat16 to cast to.
+        max_shard_size: int or float, as of `save_task`.
+    """
+    arranged = canonical.arranged(table_of(sizes), tensors, dtype)
+    os.makedirs(target)
+    write_settings(_task_without_values(sizes, proto, str(arranged[0].dtype)), target)
+    shards = in_shards(arranged, max_shard_size)
+    if len(shards) == 1:
+        write_h5(os.path.join(target, hub.MODEL_WEIGHTS_FILE), arranged)
+        return
+    names = [f"model_{number:05}.weights.h5" for number in range(len(shards))]
+    for name, shard in zip(names, shards):
+        write_h5(os.path.join(target, name), shard)
+    places = {f"/{os.path.dirname(tensor.name)}": name for name, shard in zip(names, shards) for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in arranged)}, "weight_map": places}
+    with open(os.path.join(target, hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE), "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=4)
+
+
+def _task_without_values(sizes, proto, dtype):
+    # Not above: the models import this package. Names that Keras counts up would tell one conversion from the next.
+    from keras_gemma.models import GemmaBackbone
+    from keras_gemma.models import GemmaCausalLM
+    from keras_gemma.models import GemmaCausalLMPreprocessor
+    from keras_gemma.models import GemmaTokenizer
+
+    with without_values():
+        backbone = GemmaBackbone(**sizes._asdict(), dtype=dtype, name="gemma_backbone")
+    preprocessor = None
+    if proto:
+        tokenizer = GemmaTokenizer(proto, name="gemma_tokenizer")
+        preprocessor = GemmaCausalLMPreprocessor(tokenizer, name="gemma_causal_lm_preprocessor")
+    return GemmaCausalLM(backbone, preprocessor, name="gemma_causal_lm")
 
 
 def fill_from(checkpoint, backbone):

@@ -35,7 +35,7 @@ def load_backbone(cls, preset, load_weights=True, **kwargs):
         ValueError: for an unknown name, another architecture, and damaged or mismatched files.
         FileNotFoundError: for a missing file, naming it.
     """
-    return _backbone(cls, _open(cls, preset, config_only=not load_weights), load_weights, kwargs)
+    return _backbone(cls, open_preset(cls, preset, config_only=not load_weights), load_weights, kwargs)
 
 
 def load_tokenizer(cls, preset, config_file=hub.TOKENIZER_CONFIG_FILE, **kwargs):
@@ -53,7 +53,7 @@ def load_tokenizer(cls, preset, config_file=hub.TOKENIZER_CONFIG_FILE, **kwargs)
     Raises:
         ValueError, FileNotFoundError: as of `load_backbone`.
     """
-    source = _open(cls, preset)
+    source = open_preset(cls, preset)
     return _tokenizer(cls, source, source.tokenizer_config(config_file), config_file, kwargs)
 
 
@@ -72,7 +72,7 @@ def load_preprocessor(cls, preset, config_file=hub.PREPROCESSOR_CONFIG_FILE, **k
     Raises:
         ValueError, FileNotFoundError: as of `load_backbone`.
     """
-    source = _open(cls, preset)
+    source = open_preset(cls, preset)
     return _preprocessor(cls, source, source.preprocessor_config(cls, config_file), kwargs)
 
 
@@ -94,7 +94,7 @@ def load_task(cls, preset, load_weights=True, **kwargs):
         ValueError, FileNotFoundError: as of `load_backbone`.
     """
     dtype, sequence_length = kwargs.pop("dtype", None), kwargs.pop("sequence_length", None)
-    source = _open(cls, preset, config_only=not load_weights)
+    source = open_preset(cls, preset, config_only=not load_weights)
     task_config = source.task_config(cls)
     config = dict(task_config or {})
     saved_preprocessor = config.pop("preprocessor", False)
@@ -112,7 +112,8 @@ def load_task(cls, preset, load_weights=True, **kwargs):
     return task
 
 
-def _open(cls, preset, config_only=False):
+def open_preset(cls, preset, config_only=False):
+    """A `KerasPreset` or a `HuggingFacePreset`. Arguments and errors are those of `load_backbone`."""
     location = locate(cls, preset, config_only)
     config = read_json(required_file(location, hub.CONFIG_FILE))
     if config.get("registered_name"):

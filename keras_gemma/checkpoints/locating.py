@@ -13,7 +13,8 @@ def locate(cls, preset, config_only=False):
 
     Args:
         cls: the class to load; its `presets` are the known names.
-        preset: a name in `cls.presets`, a hub handle or a local folder.
+        preset: a name in `cls.presets`, a hub handle or a local folder. A version of a handle is pinned as in
+            `"kaggle://keras/gemma/keras/gemma_2b_en/3"` and `"hf://google/gemma-2b@main"`, a branch, tag or commit.
         config_only: bool. Prefers the configuration in this package to a download.
 
     Returns:
@@ -46,10 +47,24 @@ def _scheme(preset):
     return preset.split("://")[0].lower() if "://" in preset else None
 
 
+def _file(location, name):
+    """Local path of a preset's file, downloaded if need be; a `FileNotFoundError` where the preset has none."""
+    handle, _, revision = location.partition("@")
+    if _scheme(location) != "hf" or not revision:
+        return get_file(location, name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(handle.removeprefix("hf://"), name, revision=revision)
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"`{name}` is not in `{location}`.") from error
+
+
 def optional_file(location, name):
     """Local path of a preset's file, downloaded if need be, or `None` where the preset has none."""
     try:
-        return get_file(location, name)
+        return _file(location, name)
     except FileNotFoundError:
         return None
 
@@ -61,7 +76,7 @@ def required_file(location, name):
         FileNotFoundError: where the preset has none.
     """
     try:
-        return get_file(location, name)
+        return _file(location, name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The preset `{location}` lacks the file `{name}`. {error}") from error
 

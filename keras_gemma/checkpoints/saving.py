@@ -14,8 +14,8 @@ import numpy as np
 
 from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.locating import read_json
+from keras_gemma.checkpoints.tensor_files import BYTES_OF_GB
 
-BYTES_OF_GB = 1024**3
 STAGING_PREFIX = ".saving-"
 FORMER_CONFIG = "former_config.json"
 CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
@@ -48,7 +48,8 @@ def save_backbone(backbone, preset_dir, max_shard_size=10):
     """
     _check_backbone(backbone, max_shard_size)
     with _staged(preset_dir) as staging:
-        _write_backbone(backbone, staging, max_shard_size)
+        _write_backbone_settings(backbone, staging)
+        _write_weights(backbone, staging, max_shard_size)
 
 
 def save_tokenizer(tokenizer, preset_dir):
@@ -96,12 +97,23 @@ def save_task(task, preset_dir, max_shard_size=10):
     if task.preprocessor is not None:
         _check_tokenizer(task.preprocessor.tokenizer)
     with _staged(preset_dir) as staging:
-        _write_json(_serialized(task), staging, hub.TASK_CONFIG_FILE)
+        write_settings(task, staging)
         if task.has_task_weights():
             task.save_task_weights(os.path.join(staging, hub.TASK_WEIGHTS_FILE))
-        _write_backbone(task.backbone, staging, max_shard_size)
-        if task.preprocessor is not None:
-            _write_preprocessor(task.preprocessor, staging)
+        _write_weights(task.backbone, staging, max_shard_size)
+
+
+def write_settings(task, folder):
+    """Writes all files of a task's preset but the weights.
+
+    Args:
+        task: a `GemmaCausalLM`, or another task on a `GemmaBackbone`. Its variables need no values.
+        folder: path of an existing folder.
+    """
+    _write_json(_serialized(task), folder, hub.TASK_CONFIG_FILE)
+    _write_backbone_settings(task.backbone, folder)
+    if task.preprocessor is not None:
+        _write_preprocessor(task.preprocessor, folder)
 
 
 # === What can be saved ===
@@ -136,9 +148,12 @@ def _bytes(variable):
 # === Files ===
 
 
-def _write_backbone(backbone, folder, max_shard_size):
+def _write_backbone_settings(backbone, folder):
     _write_json(_serialized(backbone), folder, hub.CONFIG_FILE)
     _write_json(_metadata(backbone), folder, hub.METADATA_FILE)
+
+
+def _write_weights(backbone, folder, max_shard_size):
     if _needs_shards(backbone, max_shard_size):
         path = os.path.join(folder, hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE)
         backbone.save_weights(path, max_shard_size=max_shard_size)

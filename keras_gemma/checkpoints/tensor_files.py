@@ -1,4 +1,4 @@
-"""Tensors inside weight files: which are there, and one at a time into memory."""
+"""Tensors inside weight files: which are there, and one at a time into memory; and one at a time into a file."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
+BYTES_OF_GB = 1024**3
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -36,6 +37,10 @@ class StoredTensor:
     shape: tuple
     dtype: np.dtype
     read: Callable
+
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def tensors_of_files(paths, tensors_of_file):
@@ -95,6 +100,23 @@ def _read_h5(path, name, dtype):
         raise ValueError(f"`{path}` is damaged where it keeps `{name}`: {error}") from error
 
 
+def write_h5(path, tensors):
+    """Writes a `.weights.h5` file as Keras does, reading one tensor at a time.
+
+    Args:
+        path: of a file that does not exist yet.
+        tensors: list of `StoredTensor`.
+    """
+    with h5py.File(path, "w") as file:
+        for tensor in tensors:
+            array = tensor.read()
+            if tensor.dtype == ml_dtypes.bfloat16:
+                file[tensor.name] = array.view("V2")
+                file[tensor.name].attrs["dtype"] = "bfloat16"
+            else:
+                file[tensor.name] = array
+
+
 # === Hugging Face: safetensors ===
 
 
@@ -140,4 +162,52 @@ def _safetensors_tensor(path, name, entry, data_start, data_length):
 
 
 def _read_safetensors(path, offset, shape, dtype):
-    return np.fromfile(path, dtype, count=math.prod(shape), offset=offset).reshape(shape)
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+
+
+def write_safetensors(path, tensors):
+    """Writes a `.safetensors` file, reading one tensor at a time.
+
+    Args:
+        path: of a file that does not exist yet.
+        tensors: list of `StoredTensor` of the dtypes in `SAFETENSORS_DTYPES`.
+    """
+    names = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.bytes
+        header[tensor.name] = {
+            "dtype": names[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    # The data begins at a multiple of eight bytes, for those who map it into memory.
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            tensor.read().tofile(file)
+
+
+# === Several files ===
+
+
+def in_shards(tensors, max_shard_size):
+    """The tensors of each file of a model.
+
+    Args:
+        tensors: list of `StoredTensor`.
+        max_shard_size: float, gigabytes (2³⁰ bytes), or `None` for one file.
+
+    Returns:
+        A list of lists; each but that of a single tensor is no larger than a shard may be.
+    """
+    shards, size = [[]], 0
+    for tensor in tensors:
+        size += tensor.bytes
+        if shards[-1] and max_shard_size is not None and size > max_shard_size * BYTES_OF_GB:
+            shards.append([])
+            size = tensor.bytes
+        shards[-1].append(tensor)
+    return shards

@@ -1,0 +1,175 @@
+"""Checkpoints of one format → another, a tensor at a time.
+
+    what is there → names, shapes and dtypes checked → one tensor read, rearranged, written → … → a new name
+
+Nothing takes the target's name before all of it is written.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+
+import numpy as np
+from tqdm import tqdm
+
+from keras_gemma.checkpoints import flax_orbax
+from keras_gemma.checkpoints import gguf_file
+from keras_gemma.checkpoints import hugging_face
+from keras_gemma.checkpoints import keras_preset
+from keras_gemma.checkpoints import keras_weights
+from keras_gemma.checkpoints import pytorch_pickle
+from keras_gemma.checkpoints.loading import open_preset
+
+# Those that are known by their files, before folders with a `config.json`, which say themselves what they are.
+BY_FILES = (gguf_file, keras_weights, pytorch_pickle, flax_orbax)
+FORMATS = {module.FORMAT: module for module in (keras_preset, hugging_face, *BY_FILES)}
+WRITABLE = {name: module for name, module in FORMATS.items() if hasattr(module, "write")}
+SHARDED = ("keras", "hugging_face")
+DTYPES = ("float32", "float16", "bfloat16")
+DTYPES_OF_GGUF = (*DTYPES, "q8_0")
+ROWS_AT_ONCE = 1024
+
+
+def opened(source):
+    """Names, shapes and dtypes of a model in any format that can be read.
+
+    Args:
+        source: path of a file or folder, hub handle, or name of a preset.
+
+    Returns:
+        A `canonical.Checkpoint`.
+
+    Raises:
+        ValueError: for a format or an architecture that is unknown, and damaged files.
+        FileNotFoundError: for what is not there.
+    """
+    # Not above: the models import this package.
+    from keras_gemma.models import GemmaBackbone
+
+    path = os.fspath(source)
+    for module in BY_FILES:
+        if os.path.exists(path) and module.is_here(path):
+            return module.checkpoint(path)
+    if os.path.isfile(path):
+        raise ValueError(f"Files are read in the formats {', '.join(FORMATS)}. Received: {path!r}, which is in none")
+    return open_preset(GemmaBackbone, path).checkpoint()
+
+
+def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenizer=None, progress=True):
+    """Writes a model in another format.
+
+    Tensors are read, rearranged and written one at a time: memory holds the largest about twice. Numbers keep their
+    dtype unless another is asked for, and are the same to the bit in formats that have it.
+
+    Args:
+        source: path of a file or folder, hub handle, or name of a preset.
+        target: path that does not exist yet.
+        format: one of `WRITABLE`. Left out for a target that ends with `.gguf` or `.weights.h5`.
+        dtype: optional, one of `DTYPES` to cast to; for GGUF also `"q8_0"`.
+        max_shard_size: int or float. Gigabytes (2³⁰ bytes) above which the formats in `SHARDED` split the weights into
+            several files; `None` never splits.
+        tokenizer: optional path of a SentencePiece model, for a source that has none.
+        progress: bool. Whether to show a bar where somebody looks.
+
+    Returns:
+        The `canonical.Checkpoint` of the source.
+
+    Raises:
+        ValueError: for what cannot be converted, naming the tensor. Nothing is there under the target's name then.
+        FileExistsError: for a target that exists.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> from keras_gemma.checkpoints import convert
+    >>> folder = tempfile.mkdtemp()
+    >>> made = convert("gemma_tiny_en", folder + "/model", format="hugging_face", progress=False)
+    >>> made.format, os.path.exists(folder + "/model/model.safetensors")
+    ('keras', True)
+    """
+    name = format or _format_of(target)
+    _check_target(target, name, dtype)
+    checkpoint = opened(source)
+    _check_room(target, checkpoint, dtype)
+    proto = checkpoint.proto() if tokenizer is None else pathlib.Path(tokenizer).read_bytes()
+    options = {"max_shard_size": max_shard_size} if name in SHARDED else {}
+    total = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    with _staged(target) as staging, _bar(total, progress) as bar:
+        _check_copies(checkpoint)
+        tensors = {part: _watched(tensor, bar) for part, tensor in checkpoint.tensors.items()}
+        WRITABLE[name].write(staging, checkpoint.sizes, tensors, proto, dtype, **options)
+    return checkpoint
+
+
+def _format_of(target):
+    suffixes = {".gguf": gguf_file.FORMAT, keras_weights.SUFFIX: keras_weights.FORMAT}
+    for suffix, name in suffixes.items():
+        if os.fspath(target).endswith(suffix):
+            return name
+    raise ValueError(f"The format of {target!r} is one of {', '.join(WRITABLE)}. Received: none")
+
+
+def _check_target(target, name, dtype):
+    if name not in WRITABLE:
+        raise ValueError(f"Checkpoints are written in the formats {', '.join(WRITABLE)}. Received: {name!r}")
+    dtypes = DTYPES_OF_GGUF if name == gguf_file.FORMAT else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"Numbers of the format {name!r} are {', '.join(dtypes)}. Received: {dtype!r}")
+    if os.path.lexists(target):
+        raise FileExistsError(f"A checkpoint is written to a path that is free. Received: {os.fspath(target)!r}")
+
+
+def _check_room(target, checkpoint, dtype):
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 1}
+    needed = sum(
+        tensor.bytes // np.dtype(tensor.dtype).itemsize * sizes.get(dtype, np.dtype(tensor.dtype).itemsize)
+        for tensor in checkpoint.tensors.values()
+    )
+    parent = pathlib.Path(target).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(f"`{target}` takes {needed / 2**30:.1f} GiB. `{parent}` has room for {free / 2**30:.1f} GiB")
+
+
+def _check_copies(checkpoint):
+    """Refuses an output projection of its own: Gemma's is its embedding."""
+    for name, part in checkpoint.copies.items():
+        copy, original = checkpoint.stored[name].read(), checkpoint.tensors[part].read()
+        same = copy.shape == original.shape and all(
+            np.array_equal(copy[row : row + ROWS_AT_ONCE], original[row : row + ROWS_AT_ONCE])
+            for row in range(0, len(original), ROWS_AT_ONCE)
+        )
+        if not same:
+            raise ValueError(f"`{checkpoint.stored[name].file}` keeps `{name}`, which is not the {part} as in Gemma 1.")
+
+
+def _watched(tensor, bar):
+    def read():
+        array = tensor.read()
+        bar.update(tensor.bytes)
+        return array
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def _bar(total, progress):
+    # `None`: where nobody looks, there is none.
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True)
+
+
+@contextlib.contextmanager
+def _staged(target):
+    """A temporary path beside the target, which gets its name at the end."""
+    target = pathlib.Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".unfinished-{os.getpid()}-{target.name}")
+    try:
+        yield str(staging)
+        os.rename(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True) if staging.is_dir() else staging.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,175 @@
+"""What a checkpoint holds: its format, shapes, parameters and tokenizer, and whether its numbers look sane."""
+
+import collections
+import dataclasses
+import json
+import math
+
+import numpy as np
+
+from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints.converting import opened
+
+# The models that were released, by layers and width.
+RELEASED = {(18, 2048): "Gemma 2B", (28, 3072): "Gemma 7B"}
+ROWS_AT_ONCE = 1024
+# Matrices of trained and of freshly initialised models lie well within.
+SANE_DEVIATIONS = 1e-4, 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """What the numbers of a tensor are like.
+
+    Attributes:
+        mean, deviation, largest: floats; the largest without its sign. Of the numbers that are finite.
+        not_finite: int, how many are not.
+    """
+
+    mean: float
+    deviation: float
+    largest: float
+    not_finite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        path: string.
+        format: string.
+        sizes: `canonical.Sizes`.
+        embedding_parameters, other_parameters: ints, counted apart as in the report's Table 2.
+        dtypes: dict of ints, how many tensors are of each dtype.
+        pieces: int, of the tokenizer; `None` without one.
+        numbers: dict of `Numbers` by the names of `canonical`; empty where nobody looked.
+        doubts: list of strings, what does not look sane.
+    """
+
+    path: str
+    format: str
+    sizes: canonical.Sizes
+    embedding_parameters: int
+    other_parameters: int
+    dtypes: dict
+    pieces: int | None
+    numbers: dict
+    doubts: list
+
+    @property
+    def name(self):
+        """The released model of these layers and width, or `None`."""
+        return RELEASED.get((self.sizes.num_layers, self.sizes.hidden_dim))
+
+    def to_json(self):
+        return json.dumps({**dataclasses.asdict(self), "sizes": self.sizes._asdict(), "name": self.name}, indent=2)
+
+    def __str__(self):
+        return "\n".join(_lines(self))
+
+
+def inspect(path, numbers=True):
+    """Looks at a checkpoint of any format that can be read.
+
+    Args:
+        path: path of a file or folder, hub handle, or name of a preset.
+        numbers: bool. Whether to read the tensors, one at a time, and look at their numbers.
+
+    Returns:
+        An `Inspection`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `converting.opened`; for tensors that are missing, additional or misshapen.
+
+    Example:
+
+    >>> from keras_gemma.checkpoints import inspect
+    >>> found = inspect("gemma_tiny_en", numbers=False)
+    >>> found.format, found.embedding_parameters, found.pieces
+    ('keras', 1048576, 4096)
+    """
+    checkpoint = opened(path)
+    tensors = checkpoint.tensors
+    parameters = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+    proto = checkpoint.proto()
+    seen = {name: _numbers(tensor) for name, tensor in tensors.items()} if numbers else {}
+    pieces = _pieces(proto) if proto else None
+    return Inspection(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        sizes=checkpoint.sizes,
+        embedding_parameters=parameters["embedding"],
+        other_parameters=sum(parameters.values()) - parameters["embedding"],
+        dtypes=dict(collections.Counter(str(np.dtype(tensor.dtype)) for tensor in tensors.values())),
+        pieces=pieces,
+        numbers=seen,
+        doubts=[*_doubts_about_pieces(pieces, checkpoint.sizes), *_doubts_about_numbers(seen)],
+    )
+
+
+def _numbers(tensor):
+    array = tensor.read()
+    count, total, squares, largest, not_finite = 0, 0.0, 0.0, 0.0, 0
+    for row in range(0, len(array), ROWS_AT_ONCE):
+        chunk = np.asarray(array[row : row + ROWS_AT_ONCE]).astype("float64").ravel()
+        finite = chunk[np.isfinite(chunk)]
+        not_finite += chunk.size - finite.size
+        count += finite.size
+        total += finite.sum()
+        squares += np.square(finite).sum()
+        largest = max(largest, np.abs(finite).max(initial=0.0))
+    mean = total / max(count, 1)
+    variance = max(0.0, squares / max(count, 1) - mean**2)
+    return Numbers(float(mean), math.sqrt(variance), float(largest), int(not_finite))
+
+
+def _pieces(proto):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
+
+
+def _doubts_about_pieces(pieces, sizes):
+    if pieces is not None and pieces > sizes.vocabulary_size:
+        yield f"the tokenizer has {pieces:,} pieces, the embedding {sizes.vocabulary_size:,} rows"
+
+
+def _doubts_about_numbers(seen):
+    low, high = SANE_DEVIATIONS
+    for name, numbers in seen.items():
+        if numbers.not_finite:
+            yield f"{name}: {numbers.not_finite:,} numbers are not finite"
+        elif not name.endswith("norm") and not low <= numbers.deviation <= high:
+            yield f"{name}: the standard deviation is {numbers.deviation:.3g}, not between {low:g} and {high:g}"
+
+
+def _lines(found):
+    sizes, total = found.sizes, found.embedding_parameters + found.other_parameters
+    yield f"{found.path}: {found.name or 'a Gemma of its own sizes'}, format {found.format}"
+    yield (
+        f"  {sizes.num_layers} layers, width {sizes.hidden_dim}, {sizes.num_query_heads} query and "
+        f"{sizes.num_key_value_heads} key-value heads of {sizes.head_dim}, feed-forward {sizes.intermediate_dim // 2}"
+    )
+    yield f"  parameters {total:,}: embedding {found.embedding_parameters:,}, others {found.other_parameters:,}"
+    yield "  dtypes " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
+    yield f"  tokenizer {f'of {found.pieces:,} pieces' if found.pieces else 'none'}, {sizes.vocabulary_size:,} rows"
+    for kind, (mean, deviation, largest) in _by_kind(found.numbers).items():
+        yield f"  {kind:16} mean {mean:9.2e}  deviation {deviation:9.2e}  largest {largest:9.2e}"
+    if found.numbers or found.doubts:
+        yield "  doubts: " + ("; ".join(found.doubts) if found.doubts else "none")
+
+
+def _by_kind(numbers):
+    """Averages over the layers, and the largest of all."""
+    kinds = collections.defaultdict(list)
+    for name, of_tensor in numbers.items():
+        kinds[name.rpartition(".")[2]].append(of_tensor)
+    return {
+        kind: (
+            float(np.mean([one.mean for one in of_kind])),
+            float(np.mean([one.deviation for one in of_kind])),
+            max(one.largest for one in of_kind),
+        )
+        for kind, of_kind in kinds.items()
+    }

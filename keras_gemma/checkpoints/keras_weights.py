@@ -1,0 +1,69 @@
+"""A single `.weights.h5` file of a whole model, as `save_weights` of a backbone or of a task writes it."""
+
+import os
+
+from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints import keras_preset
+from keras_gemma.checkpoints.tensor_files import h5_tensors
+from keras_gemma.checkpoints.tensor_files import tensors_of_files
+from keras_gemma.checkpoints.tensor_files import write_h5
+
+FORMAT = "keras_weights"
+OPTIMIZER = "optimizer/"
+SUFFIX = ".weights.h5"
+EMBEDDING = f"{keras_preset.EMBEDDING}/vars/0"
+
+
+def is_here(path):
+    """Whether there is such a file."""
+    return path.endswith(SUFFIX) and os.path.isfile(path)
+
+
+def checkpoint(path):
+    """The model's `Checkpoint`, its sizes being those of its tensors.
+
+    Raises:
+        ValueError: for a damaged file, and one of another model.
+    """
+    stored = tensors_of_files([path], h5_tensors)
+    # A task keeps its backbone's tensors one deeper.
+    prefix = next((name.removesuffix(EMBEDDING) for name in stored if name.endswith(EMBEDDING)), None)
+    if prefix is None:
+        raise ValueError(f"`{path}` lacks `{EMBEDDING}`: it is not of a Gemma backbone or a task on one.")
+    stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    sizes = _sizes(path, stored)
+    return canonical.Checkpoint(
+        path=path,
+        format=FORMAT,
+        sizes=sizes,
+        table=keras_preset.table_of(sizes),
+        stored=stored,
+        where=path,
+        ignored=tuple(name for name in stored if name.startswith(OPTIMIZER)),
+    )
+
+
+def _sizes(path, stored):
+    block = keras_preset.block_path(0)
+    try:
+        vocabulary_size, hidden_dim = stored[EMBEDDING].shape
+        heads, _, head_dim = stored[f"{block}/attention/query_dense/vars/0"].shape
+        kv_heads = stored[f"{block}/attention/key_dense/vars/0"].shape[0]
+        branch = stored[f"{block}/gating_ffw/vars/0"].shape[1]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"`{path}` does not have the tensors of Gemma 1's first block: {error}") from error
+    layers = sum(name.endswith("/ffw_linear/vars/0") for name in stored)
+    return canonical.Sizes(vocabulary_size, layers, heads, kv_heads, hidden_dim, 2 * branch, head_dim)
+
+
+def write(target, sizes, tensors, proto, dtype=None):
+    """Writes the weights of a backbone, one tensor at a time; a vocabulary has no place in such a file.
+
+    Args:
+        target: path of a file that does not exist yet.
+        sizes: `Sizes`.
+        tensors: dict of `StoredTensor`, as of a `Checkpoint`.
+        proto: not written.
+        dtype: optional, one of float32, float16 and bfloat16 to cast to.
+    """
+    write_h5(target, canonical.arranged(keras_preset.table_of(sizes), tensors, dtype))

@@ -1,0 +1,240 @@
+"""LoRA adapters of PEFT (`adapter_config.json`, `adapter_model.safetensors`) in and out.
+
+D width, N heads, H head dim, F feed-forward, r rank.
+
+PEFT factors what is added to a matrix as `(out, r) · (r, in)`. Keras factors it along the last axis of its own kernel:
+`(in, r) · (r, out)`, and with heads `(N, D, r) · (r, H)`, where all heads share the second factor. So a rank on one
+side can be several on the other; what is added to the weights is the same.
+"""
+
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+from keras import ops
+
+from keras_gemma.checkpoints.canonical import listed
+from keras_gemma.checkpoints.locating import read_json
+from keras_gemma.checkpoints.tensor_files import StoredTensor
+from keras_gemma.checkpoints.tensor_files import safetensors_tensors
+from keras_gemma.checkpoints.tensor_files import tensors_of_files
+from keras_gemma.checkpoints.tensor_files import write_safetensors
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Path of a layer in a block, its name, and the module in transformers.
+MODULES = (
+    ("attention.query_dense", "query", "self_attn.q_proj"),
+    ("attention.key_dense", "key", "self_attn.k_proj"),
+    ("attention.value_dense", "value", "self_attn.v_proj"),
+    ("attention.output_dense", "attention_output", "self_attn.o_proj"),
+    ("gating_ffw", "ffw_gating", "mlp.gate_proj"),
+    ("gating_ffw_2", "ffw_gating_2", "mlp.up_proj"),
+    ("ffw_linear", "ffw_linear", "mlp.down_proj"),
+)
+NAME = re.compile(r"base_model\.model\.(?:model\.)?layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
+# What adapters may have besides two factors, and the value that says that these have not.
+WITHOUT = {"use_dora": False, "bias": "none", "modules_to_save": None, "layer_replication": None}
+
+
+# === Keras → PEFT ===
+
+
+def save_adapters(backbone, folder, base_model=None):
+    """Writes the LoRA adapters of a backbone as PEFT keeps them.
+
+    Args:
+        backbone: a `GemmaBackbone` after `enable_lora`.
+        folder: path that does not exist yet.
+        base_model: optional string for `adapter_config.json`: what the adapters belong to.
+
+    Raises:
+        ValueError: for a backbone without adapters, or with one of its embedding, which PEFT keeps in another way.
+        FileExistsError: for a folder that exists.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists():
+        raise FileExistsError(f"Adapters are written to a folder that does not exist. Received: `{folder}`")
+    adapted = [(name, layer) for name, layer in _layers(backbone).items() if layer.lora_enabled]
+    if not adapted:
+        raise ValueError("Blocks of a backbone have adapters after `enable_lora`. Received: one without")
+    if getattr(backbone.token_embedding, "lora_enabled", False):
+        raise ValueError("Adapters of blocks are written. Received: one of the embedding as well")
+    arrays, settings = {}, {}
+    for (index, module), layer in adapted:
+        inner, outer = _to_peft(_array(layer.lora_kernel_a), _array(layer.lora_kernel_b), module)
+        name = f"base_model.model.model.layers.{index}.{module}"
+        arrays |= {f"{name}.lora_A.weight": inner, f"{name}.lora_B.weight": outer}
+        settings[module.rpartition(".")[2]] = len(inner), len(inner) * layer.lora_alpha / layer.lora_rank
+    unfinished = folder.with_name(f".unfinished-{os.getpid()}-{folder.name}")
+    unfinished.mkdir(parents=True)
+    write_safetensors(
+        unfinished / WEIGHTS_FILE,
+        [StoredTensor("", name, array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()],
+    )
+    (unfinished / CONFIG_FILE).write_text(json.dumps(_config(settings, base_model), indent=2))
+    unfinished.rename(folder)
+
+
+def _config(settings, base_model):
+    ranks = {module: rank for module, (rank, _) in settings.items()}
+    alphas = {module: alpha for module, (_, alpha) in settings.items()}
+    smallest = min(ranks, key=ranks.get)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": ranks[smallest],
+        "lora_alpha": alphas[smallest],
+        "lora_dropout": 0.0,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != ranks[smallest]},
+        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != alphas[smallest]},
+        "target_modules": list(settings),
+        **WITHOUT,
+    }
+
+
+def _to_peft(first, second, module):
+    """PEFT's factors `(r, in)` and `(out, r)`; of heads that each have a part of the output, a rank of their own."""
+    if module == "self_attn.o_proj":
+        return np.ascontiguousarray(first.reshape(-1, first.shape[-1]).T), np.ascontiguousarray(second.T)
+    if first.ndim == 2:
+        return np.ascontiguousarray(first.T), np.ascontiguousarray(second.T)
+    heads, width, rank = first.shape
+    inner = first.transpose(0, 2, 1).reshape(heads * rank, width)
+    return np.ascontiguousarray(inner), np.kron(np.eye(heads, dtype=second.dtype), second.T)
+
+
+def _array(variable):
+    return ops.convert_to_numpy(variable.value).astype("float32")
+
+
+def _layers(backbone):
+    """The layers that can have adapters, by `(index of the block, module)`."""
+    layers = {}
+    for index, block in enumerate(backbone.transformer_layers):
+        for path, _, module in MODULES:
+            layer = block
+            for attribute in path.split("."):
+                layer = getattr(layer, attribute)
+            layers[index, module] = layer
+    return layers
+
+
+# === PEFT → Keras ===
+
+
+def load_adapters(backbone, folder):
+    """Gives a backbone the LoRA adapters that PEFT keeps in a folder.
+
+    All of them get one rank, as `enable_lora` gives it: the largest that is needed. Those that need less are filled up
+    with zeros, which training leaves alone.
+
+    Args:
+        backbone: a `GemmaBackbone` without adapters.
+        folder: path.
+
+    Raises:
+        ValueError: for adapters of another kind or model, naming what was found; the backbone is as it was then.
+        FileNotFoundError: for a missing file.
+    """
+    folder = pathlib.Path(folder)
+    layers = _layers(backbone)
+    if any(layer.lora_enabled for layer in layers.values()):
+        raise ValueError("Adapters are loaded into a backbone without. Received: one after `enable_lora`")
+    config = _checked_config(folder / CONFIG_FILE)
+    factors = _factors(folder / WEIGHTS_FILE, layers)
+    pairs = {
+        place: _to_keras(inner, outer * _scale(config, place[1], len(inner)), layers[place].kernel.shape, place[1])
+        for place, (inner, outer) in factors.items()
+    }
+    rank = max(len(second) for _, second in pairs.values())
+    names = [layer for _, layer, module in MODULES if any(place[1] == module for place in pairs)]
+    backbone.enable_lora(rank, target_layer_names=names)
+    for place, layer in layers.items():
+        if layer.lora_enabled:
+            first, second = pairs.get(place, (None, None))
+            layer.lora_kernel_a.assign(_filled_up(first, layer.lora_kernel_a.shape))
+            layer.lora_kernel_b.assign(_filled_up(second, layer.lora_kernel_b.shape))
+
+
+def _checked_config(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"Adapters of PEFT have the file `{path}`.")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"Adapters of the type LORA are loaded. Received: {config.get('peft_type')!r} in `{path}`")
+    for name, value in WITHOUT.items():
+        if config.get(name) not in (value, None, []):
+            raise ValueError(f"Adapters with {name}={value!r} are loaded. Received: {config[name]!r} in `{path}`")
+    return config
+
+
+def _factors(path, layers):
+    """Pairs of arrays `(r, in)` and `(out, r)` by place, all of them checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"Adapters of PEFT have the file `{path}`.")
+    stored = tensors_of_files([path], safetensors_tensors)
+    found = {}
+    for name, tensor in stored.items():
+        match = NAME.fullmatch(name)
+        place = (int(match.group(1)), match.group(2)) if match else None
+        if place not in layers:
+            raise ValueError(f"`{path}` holds `{name}`, for which this backbone has no layer.")
+        found.setdefault(place, {})[match.group(3)] = tensor
+    halves = [f"layers.{index}.{module}" for (index, module), pair in found.items() if len(pair) < 2]
+    if halves:
+        raise ValueError(f"`{path}` lacks one of the two factors of {listed(halves)}.")
+    return {place: _checked_pair(pair["A"], pair["B"], layers[place], place[1]) for place, pair in found.items()}
+
+
+def _checked_pair(inner, outer, layer, module):
+    incoming, outgoing = _matrix_shape(layer.kernel.shape, module)
+    rank = inner.shape[0]
+    for tensor, shape in ((inner, (rank, incoming)), (outer, (outgoing, rank))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"`{tensor.file}` keeps `{tensor.name}` in shape {tuple(tensor.shape)}; this backbone needs {shape}."
+            )
+    return tuple(np.array(tensor.read(), "float32") for tensor in (inner, outer))
+
+
+def _matrix_shape(kernel, module):
+    if module == "self_attn.o_proj":
+        return kernel[0] * kernel[1], kernel[2]
+    return (kernel[1], kernel[0] * kernel[2]) if len(kernel) == 3 else tuple(kernel)
+
+
+def _scale(config, module, rank):
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+    return alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _to_keras(inner, outer, kernel, module):
+    """Keras' factors of a kernel: of several heads, the second has a row for each head and rank, or for each output."""
+    if module == "self_attn.o_proj":
+        return inner.T.reshape(kernel[0], kernel[1], -1), outer.T
+    if len(kernel) == 2:
+        return inner.T, outer.T
+    heads, width, head_dim = kernel
+    rank = len(inner)
+    if heads * rank >= head_dim > 1 and heads > 1:
+        added = (outer @ inner).reshape(heads, head_dim, width)
+        return added.transpose(0, 2, 1), np.eye(head_dim, dtype="float32")
+    first = np.zeros((heads, width, heads, rank), "float32")
+    for head in range(heads):
+        first[head, :, head] = inner.T
+    second = outer.reshape(heads, head_dim, rank).transpose(0, 2, 1).reshape(heads * rank, head_dim)
+    return first.reshape(heads, width, heads * rank), second
+
+
+def _filled_up(array, shape):
+    filled = np.zeros(tuple(shape), "float32")
+    if array is not None:
+        filled[tuple(slice(size) for size in array.shape)] = array
+    return filled

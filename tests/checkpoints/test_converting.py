@@ -1,0 +1,257 @@
+"""Models in one format and in another: the same to the bit, refused whole or written whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import h5py
+import keras_hub
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_gemma import cli
+from keras_gemma.checkpoints import convert
+from keras_gemma.checkpoints import inspect
+from keras_gemma.checkpoints.converting import opened
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
+
+# What each format is called on a disk.
+NAMES = {"keras": "keras", "keras_weights": "model.weights.h5", "hugging_face": "hf", "flax": "flax", "gguf": "m.gguf"}
+ONE_SHAPE = pytest.mark.parametrize("shape", ["2b"], indirect=True)
+QUERY = "layers/gemma_decoder_block_2/attention/query_dense/vars/0"
+
+
+@pytest.fixture
+def source(tmp_path, shape, make_preprocessor, request):
+    """A preset with random weights in bfloat16 or float32."""
+    dtype = getattr(request, "param", "float32")
+    sizes = {**shape, "vocabulary_size": 512, "num_layers": 3}
+    model = GemmaCausalLM(GemmaBackbone(**sizes, dtype=dtype), make_preprocessor())
+    random = np.random.default_rng(0)
+    for variable in model.backbone.variables:
+        variable.assign(random.normal(0.0, 0.3, variable.shape))
+    model.save_to_preset(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def arrays(path):
+    return {name: np.array(tensor.read()) for name, tensor in opened(path).tensors.items()}
+
+
+def assert_same(received, expected):
+    assert received.keys() == expected.keys()
+    for name, array in expected.items():
+        assert received[name].dtype == array.dtype, name
+        assert received[name].tobytes() == array.tobytes(), name
+
+
+def without_names(content):
+    """Keras counts the names of models up."""
+    return {**content, "config": {**content["config"], "name": None}}
+
+
+def convert_quietly(source, target, **options):
+    return convert(source, target, progress=False, **options)
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("format", ["keras_weights", "hugging_face", "flax"])
+def test_there_and_back_to_the_bit(source, tmp_path, format):
+    there, back = tmp_path / NAMES[format], tmp_path / "back"
+    convert_quietly(source, there, format=format)
+    assert_same(arrays(there), arrays(source))
+    tokenizer = source / "assets/tokenizer/vocabulary.spm"
+    convert_quietly(there, back, format="keras", tokenizer=tokenizer if format == "keras_weights" else None)
+    assert_same(arrays(back), arrays(source))
+    assert (back / "assets/tokenizer/vocabulary.spm").read_bytes() == tokenizer.read_bytes()
+    for name in ("config.json", "tokenizer.json"):
+        settings = [json.loads((folder / name).read_text()) for folder in (back, source)]
+        assert without_names(settings[0]) == without_names(settings[1])
+
+
+@ONE_SHAPE
+def test_keras_hub_and_this_package_load_what_was_written(source, tmp_path, logits):
+    expected = logits(GemmaCausalLM.from_preset(source))
+    convert_quietly(source, tmp_path / "hf", format="hugging_face")
+    convert_quietly(tmp_path / "hf", tmp_path / "back", format="keras", max_shard_size=2e-5)
+    assert len(list((tmp_path / "back").glob("model_*.weights.h5"))) > 1
+    for path in (tmp_path / "hf", tmp_path / "back"):
+        np.testing.assert_array_equal(logits(GemmaCausalLM.from_preset(path)), expected)
+    of_keras_hub = keras_hub.models.GemmaCausalLM.from_preset(str(tmp_path / "back"))
+    np.testing.assert_allclose(logits(of_keras_hub), expected, atol=1e-5)
+    backbone = GemmaBackbone.from_preset(source)
+    convert_quietly(source, tmp_path / "model.weights.h5")
+    for variable in backbone.variables:
+        variable.assign(np.zeros(variable.shape))
+    backbone.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(logits(GemmaCausalLM(backbone)), expected)
+
+
+def test_transformers_loads_what_was_written(source, tmp_path, logits):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    convert_quietly(source, tmp_path / "hf", format="hugging_face", max_shard_size=2e-5)
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 1
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        expected = reference(torch.arange(1, 13).reshape(2, 6)).logits.numpy()
+    np.testing.assert_allclose(logits(GemmaCausalLM.from_preset(source)), expected, atol=1e-4)
+
+
+@ONE_SHAPE
+def test_weights_of_a_whole_task(source, tmp_path):
+    model = GemmaCausalLM.from_preset(source)
+    model.save_weights(tmp_path / "task.weights.h5")
+    assert_same(arrays(tmp_path / "task.weights.h5"), arrays(source))
+
+
+@ONE_SHAPE
+def test_other_dtypes(source, tmp_path):
+    convert_quietly(source, tmp_path / "half", format="keras", dtype="bfloat16")
+    expected = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays(source).items()}
+    assert_same(arrays(tmp_path / "half"), expected)
+    assert GemmaBackbone.from_preset(tmp_path / "half", dtype="bfloat16").dtype_policy.name == "bfloat16"
+
+
+# === Refusals: nothing is there afterwards ===
+
+
+def refuse(source, target, *parts, error=ValueError, **options):
+    before = sorted(os.listdir(target.parent))
+    with pytest.raises(error) as raised:
+        convert_quietly(source, target, **options)
+    for part in parts:
+        assert part in str(raised.value)
+    assert sorted(os.listdir(target.parent)) == before
+
+
+@ONE_SHAPE
+def test_wrong_arguments_are_refused_before_anything_is_read(source, tmp_path):
+    free = tmp_path / "free"
+    refuse(source, free, "hugging_face", "gguf", format="onnx")
+    refuse(source, free, "hugging_face")
+    refuse(source, free, "bfloat16", "int8", format="keras", dtype="int8")
+    refuse(source, source, str(source), error=FileExistsError, format="keras")
+    refuse(tmp_path / "nothing", free, "nothing", format="keras")
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_by_name(source, tmp_path, number):
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        file[QUERY][1, 2, 3] = number
+    refuse(source, tmp_path / "hf", QUERY, "finite", format="hugging_face")
+    found = inspect(source)
+    assert any("blocks.2.query" in doubt for doubt in found.doubts) and len(found.doubts) == 1
+
+
+@ONE_SHAPE
+def test_missing_additional_and_misshapen_tensors(source, tmp_path):
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        file["layers/stray/vars/0"] = [1.0]
+    refuse(source, tmp_path / "hf", "layers/stray/vars/0", format="hugging_face")
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        del file["layers/stray"]
+        query = file[QUERY][()]
+        del file[QUERY]
+    refuse(source, tmp_path / "hf", QUERY, format="hugging_face")
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        file[QUERY] = query[:1]
+    refuse(source, tmp_path / "hf", QUERY, "(1, 32, 8)", "(4, 32, 8)", format="hugging_face")
+
+
+@ONE_SHAPE
+def test_an_output_projection_of_its_own_is_refused(source, tmp_path):
+    from safetensors.numpy import load_file
+    from safetensors.numpy import save_file
+
+    convert_quietly(source, tmp_path / "hf", format="hugging_face")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
+    convert_quietly(tmp_path / "hf", tmp_path / "tied", format="keras")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
+    refuse(tmp_path / "hf", tmp_path / "untied", "lm_head.weight", format="keras")
+
+
+@ONE_SHAPE
+def test_quantised_weights_are_refused(source, tmp_path):
+    model = GemmaCausalLM.from_preset(source)
+    model.quantize("int8")
+    model.save_to_preset(tmp_path / "int8")
+    refuse(tmp_path / "int8", tmp_path / "hf", "quantised", format="hugging_face")
+
+
+KILLED = """
+import os, sys, signal
+from keras_gemma import startup
+startup.leave_out_tensorflow()
+from keras_gemma.checkpoints import convert, hugging_face
+whole = hugging_face.write_safetensors
+def write(path, tensors):
+    whole(path, tensors[:3])
+    os.kill(os.getpid(), signal.SIGKILL)
+hugging_face.write_safetensors = write
+convert(*sys.argv[1:], format="hugging_face")
+"""
+
+
+@ONE_SHAPE
+def test_a_killed_conversion_leaves_no_target(source, tmp_path):
+    target = tmp_path / "hf"
+    done = subprocess.run([sys.executable, "-c", KILLED, source, target], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not target.exists()
+    convert_quietly(source, target, format="hugging_face")
+    assert_same(arrays(target), arrays(source))
+
+
+# === At the command line ===
+
+
+@ONE_SHAPE
+def test_the_command(source, tmp_path, capsys):
+    target = tmp_path / "hf"
+    assert cli.main(["convert", str(source), str(target), "--to", "hugging_face"]) == 0
+    assert "from keras, 29 tensors" in capsys.readouterr().out
+    assert cli.main(["convert", str(source), str(target), "--to", "hugging_face"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["inspect", str(target)]) == 0
+    printed = capsys.readouterr().out
+    assert "format hugging_face" in printed and "500 pieces, 512 rows" in printed and "doubts: none" in printed
+    assert cli.main(["inspect", str(target), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sizes"]["num_layers"] == 3 and found["dtypes"] == {"float32": 29}
+    assert found["embedding_parameters"] + found["other_parameters"] == GemmaBackbone.from_preset(source).count_params()
+
+
+@ONE_SHAPE
+def test_numbers_that_look_wrong(source, capsys):
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        file[QUERY][...] = 0.0
+    assert cli.main(["inspect", str(source)]) == 1
+    assert "blocks.2.query" in capsys.readouterr().err
+
+
+def test_parameters_as_the_report_counts_them():
+    found = inspect_sizes("gemma_2b_en"), inspect_sizes("gemma_7b_en")
+    # Table 2 counts 256,128 rows; 256,000 of them are published.
+    rows = 256128 / 256000
+    assert [round(embedding * rows) for embedding, _ in found] == [524_550_144, 786_825_216]
+    assert [others for _, others in found] == [1_981_884_416, 7_751_248_896]
+
+
+def inspect_sizes(preset):
+    import math
+
+    from keras_gemma.checkpoints import canonical
+
+    config = GemmaBackbone.presets[preset]["folder"]
+    with open(os.path.join(config, "config.json")) as file:
+        settings = json.load(file)["config"]
+    sizes = canonical.Sizes(**{name: settings[name] for name in canonical.Sizes._fields if name in settings})
+    counts = {name: math.prod(shape) for name, shape in canonical.shapes(sizes).items()}
+    return counts["embedding"], sum(counts.values()) - counts["embedding"]
