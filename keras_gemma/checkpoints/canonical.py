@@ -16,8 +16,10 @@ Norms are stored without the one that is added to them. Each format has a table 
 place of these. The table serves in both directions.
 """
 
+import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -204,6 +206,39 @@ def listed(names):
     """Some names for a message."""
     shown = ", ".join(f"`{name}`" for name in names[:SHOWN_NAMES])
     return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
+
+
+# === Sizes of a model whose files say them by shapes alone ===
+
+
+def usual_shape(stored, where, pattern, letters):
+    """The shape that most blocks have a tensor in: one of another shape is then told from it.
+
+    Args:
+        stored: dict of `StoredTensor` by their names in the files.
+        where: string, what lists them, for messages.
+        pattern: string, a name in the file, with `{index}` where tensors of blocks have theirs.
+        letters: string, one letter for each axis.
+
+    Returns:
+        A tuple of ints.
+
+    Raises:
+        ValueError: if no tensor has that name and as many axes.
+    """
+    named = re.compile(re.escape(pattern).replace(r"\{index\}", r"\d+"))
+    found = [tuple(tensor.shape) for name, tensor in stored.items() if named.fullmatch(name)]
+    fitting = collections.Counter(shape for shape in found if len(shape) == len(letters))
+    if not fitting:
+        wanted = f"`{pattern.format(index=0)}` of shape ({', '.join(letters)})"
+        raise ValueError(f"`{where}` lacks {wanted}, as Gemma 1 has it" + (f", but {found[0]}." if found else "."))
+    return fitting.most_common(1)[0][0]
+
+
+def number_of_blocks(stored, prefix):
+    """One more than the highest index that follows `prefix` in a name."""
+    found = [re.match(re.escape(prefix) + r"(\d+)\.", name) for name in stored]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 # === What tables are made of ===
