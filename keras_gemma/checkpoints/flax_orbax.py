@@ -107,7 +107,7 @@ def _only_folder(path):
     folders = _folders(path)
     if len(folders) != 1:
         names = canonical.listed([folder.name for folder in folders]) if folders else "none"
-        raise ValueError(f"A Flax checkpoint is one folder of Orbax. Received: `{path}`, in which there is {names}")
+        raise ValueError(f"A Flax checkpoint is one folder of Orbax. Received: `{path}`, which has {names}")
     return folders[0]
 
 

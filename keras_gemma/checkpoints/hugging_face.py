@@ -84,15 +84,17 @@ class HuggingFacePreset:
         """Gives a backbone that was built without values those of the preset."""
         fill_from(self.checkpoint(), backbone)
 
-    def checkpoint(self):
-        """The model's `Checkpoint`."""
-        where, files = self._weight_files()
-        stored = tensors_of_files(files, safetensors_tensors)
+    def checkpoint(
+        self, format=FORMAT, single_file=SINGLE_FILE, index_file=INDEX_FILE, tensors_of_file=safetensors_tensors
+    ):
+        """The model's `Checkpoint`; the arguments are for weight files of the same tensors in another format."""
+        where, files = self._weight_files(single_file, index_file)
+        stored = tensors_of_files(files, tensors_of_file)
         # A bare `GemmaModel` is saved without the task's prefix.
         prefix = "" if "embed_tokens.weight" in stored else "model."
         return canonical.Checkpoint(
             path=self.location,
-            format=FORMAT,
+            format=format,
             sizes=self.sizes,
             table=table_of(self.sizes, prefix),
             stored=stored,
@@ -106,10 +108,10 @@ class HuggingFacePreset:
         path = optional_file(self.location, VOCABULARY_FILE)
         return pathlib.Path(path).read_bytes() if path else None
 
-    def _weight_files(self):
-        index = optional_file(self.location, INDEX_FILE)
+    def _weight_files(self, single_file, index_file):
+        index = optional_file(self.location, index_file)
         if index is None:
-            path = required_file(self.location, SINGLE_FILE)
+            path = required_file(self.location, single_file)
             return path, [path]
         shards = set(read_json(index)["weight_map"].values())
         for shard in shards:

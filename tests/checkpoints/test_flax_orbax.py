@@ -5,27 +5,22 @@ import json
 import sys
 import weakref
 
-import keras
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import plain_gemma
 import pytest
+from canonical_tensors import DTYPES
+from canonical_tensors import SIZES
+from canonical_tensors import assert_logits
+from canonical_tensors import assert_same
+from canonical_tensors import canonical_arrays
+from canonical_tensors import stored_in_memory
 
 from keras_gemma.checkpoints import canonical
-from keras_gemma.checkpoints import filling
 from keras_gemma.checkpoints import flax_orbax
-from keras_gemma.checkpoints import keras_preset
 from keras_gemma.checkpoints.tensor_files import StoredTensor
-from keras_gemma.models import GemmaBackbone
 
-# As Gemma 2B: one key-value head. As Gemma 7B: as many as query heads, and heads × head_dim ≠ width.
-SIZES = {
-    "2b": canonical.Sizes(50, 2, 4, 1, 16, 48, 4),
-    "7b": canonical.Sizes(50, 2, 4, 4, 12, 40, 4),
-}
 ATTENTION = {"2b": {"q_einsum", "kv_einsum", "attn_vec_einsum"}, "7b": {"qkv_einsum", "attn_vec_einsum"}}
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 LAYOUTS = {
     "flat": {"use_ocdbt": True},
     "nested": {"use_ocdbt": True, "nested": True},
@@ -43,13 +38,6 @@ def shape(request):
 @pytest.fixture(params=DTYPES)
 def dtype(request):
     return DTYPES[request.param]
-
-
-def _arrays(sizes, dtype=np.float32):
-    """Gemma's tensors under the names of `canonical`."""
-    random = np.random.default_rng(7)
-    shapes = canonical.shapes(sizes)
-    return {name: (0.3 * random.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
 
 
 def _tree(sizes, arrays):
@@ -97,47 +85,32 @@ def _save(folder, tree, use_ocdbt=True, nested=False, mlp_leaf=True):
     return folder
 
 
-def _stored(arrays):
-    return {
-        name: StoredTensor("memory", name, array.shape, array.dtype, functools.partial(np.copy, array))
-        for name, array in arrays.items()
-    }
-
-
-def _assert_same(tensors, arrays):
-    assert set(tensors) == set(arrays)
-    for name, array in arrays.items():
-        read = tensors[name].read()
-        assert tensors[name].shape == read.shape and tensors[name].dtype == read.dtype == array.dtype
-        assert read.tobytes() == array.tobytes(), name
-
-
 # === Reading ===
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_orbax_wrote_is_read_to_the_bit(tmp_path, shape, dtype, layout):
-    arrays = _arrays(SIZES[shape], dtype)
+    arrays = canonical_arrays(SIZES[shape], dtype)
     folder = _save(tmp_path / "2b", _tree(SIZES[shape], arrays), **LAYOUTS[layout])
     checkpoint = flax_orbax.checkpoint(folder)
     assert flax_orbax.is_here(folder) and checkpoint.format == "flax"
     assert checkpoint.sizes == SIZES[shape]
     assert type(next(iter(checkpoint.tensors.values())).read()) is np.ndarray
-    _assert_same(checkpoint.tensors, arrays)
+    assert_same(checkpoint.tensors, arrays)
 
 
 def test_without_the_file_that_describes_the_tree(tmp_path):
-    arrays = _arrays(SIZES["2b"])
+    arrays = canonical_arrays(SIZES["2b"])
     for use_ocdbt in (True, False):
         folder = _save(tmp_path / str(use_ocdbt), _tree(SIZES["2b"], arrays), use_ocdbt, nested=not use_ocdbt)
         (folder / "_METADATA").unlink()
         (folder / "_CHECKPOINT_METADATA").unlink()
         assert flax_orbax.is_here(folder)
-        _assert_same(flax_orbax.checkpoint(folder).tensors, arrays)
+        assert_same(flax_orbax.checkpoint(folder).tensors, arrays)
 
 
 def test_the_folder_around_it_and_the_tokenizer_beside_it(tmp_path):
-    folder = _save(tmp_path / "2b", _tree(SIZES["2b"], _arrays(SIZES["2b"])))
+    folder = _save(tmp_path / "2b", _tree(SIZES["2b"], canonical_arrays(SIZES["2b"])))
     assert flax_orbax.is_here(tmp_path)
     assert flax_orbax.checkpoint(tmp_path).proto() is None
     (tmp_path / "tokenizer.model").write_bytes(b"around")
@@ -151,17 +124,11 @@ def test_the_folder_around_it_and_the_tokenizer_beside_it(tmp_path):
 
 def test_logits_of_the_einsums_of_flax(tmp_path, shape):
     sizes = SIZES[shape]
-    tree = _tree(sizes, _arrays(sizes))
+    tree = _tree(sizes, canonical_arrays(sizes))
     checkpoint = flax_orbax.checkpoint(_save(tmp_path / "saved", tree))
-    with filling.without_values():
-        backbone = GemmaBackbone(**sizes._asdict(), dtype="float32")
-    keras_preset.fill_from(checkpoint, backbone)
-    token_ids = np.arange(1, 13).reshape(2, 6)
-    hidden = backbone({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)})
-    received = keras.ops.convert_to_numpy(backbone.token_embedding(hidden, reverse=True))
     blocks = [_einsums(tree, f"transformer/layer_{index}/") for index in range(sizes.num_layers)]
     embedding, final_norm = tree["transformer/embedder/input_embedding"], tree["transformer/final_norm/scale"]
-    np.testing.assert_allclose(received, plain_gemma.logits(token_ids, embedding, blocks, final_norm), atol=1e-4)
+    assert_logits(checkpoint, embedding, blocks, final_norm)
 
 
 def _einsums(tree, layer):
@@ -187,8 +154,8 @@ def _einsums(tree, layer):
 
 
 def test_orbax_reads_what_is_written(tmp_path, shape, dtype):
-    arrays = _arrays(SIZES[shape], dtype)
-    flax_orbax.write(tmp_path / "written", SIZES[shape], _stored(arrays), b"pieces")
+    arrays = canonical_arrays(SIZES[shape], dtype)
+    flax_orbax.write(tmp_path / "written", SIZES[shape], stored_in_memory(arrays), b"pieces")
     expected = _flat(_tree(SIZES[shape], arrays))
     assert {path.split("/")[-1] for path in expected if "/layer_0/attn/" in path} == ATTENTION[shape]
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -203,30 +170,30 @@ def test_orbax_reads_what_is_written(tmp_path, shape, dtype):
 
 
 def test_round_trip(tmp_path, shape, dtype):
-    first = flax_orbax.checkpoint(_save(tmp_path / "saved", _tree(SIZES[shape], _arrays(SIZES[shape], dtype))))
+    first = flax_orbax.checkpoint(_save(tmp_path / "saved", _tree(SIZES[shape], canonical_arrays(SIZES[shape], dtype))))
     flax_orbax.write(tmp_path / "written", first.sizes, first.tensors, None)
     again = flax_orbax.checkpoint(tmp_path / "written")
     assert again.sizes == first.sizes and again.proto() is None
-    _assert_same(again.tensors, {name: tensor.read() for name, tensor in first.tensors.items()})
+    assert_same(again.tensors, {name: tensor.read() for name, tensor in first.tensors.items()})
 
 
 def test_large_tensors_are_written_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(flax_orbax, "BYTES_OF_CHUNK", 256)
-    arrays = _arrays(SIZES["2b"])
+    arrays = canonical_arrays(SIZES["2b"])
     arrays["final_norm"][:] = 0
-    flax_orbax.write(tmp_path / "written", SIZES["2b"], _stored(arrays), None)
+    flax_orbax.write(tmp_path / "written", SIZES["2b"], stored_in_memory(arrays), None)
     assert len(list((tmp_path / "written/transformer/layer_0/attn/q_einsum.w").iterdir())) > 4
-    _assert_same(flax_orbax.checkpoint(tmp_path / "written").tensors, arrays)
+    assert_same(flax_orbax.checkpoint(tmp_path / "written").tensors, arrays)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "written")
     np.testing.assert_array_equal(restored["transformer/embedder"]["input_embedding"], arrays["embedding"])
 
 
 def test_cast(tmp_path):
-    arrays = _arrays(SIZES["2b"])
-    flax_orbax.write(tmp_path / "written", SIZES["2b"], _stored(arrays), None, dtype=ml_dtypes.bfloat16)
+    arrays = canonical_arrays(SIZES["2b"])
+    flax_orbax.write(tmp_path / "written", SIZES["2b"], stored_in_memory(arrays), None, dtype=ml_dtypes.bfloat16)
     cast = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
-    _assert_same(flax_orbax.checkpoint(tmp_path / "written").tensors, cast)
+    assert_same(flax_orbax.checkpoint(tmp_path / "written").tensors, cast)
 
 
 def test_memory_holds_the_parts_of_one_tensor(tmp_path):
@@ -242,7 +209,7 @@ def test_memory_holds_the_parts_of_one_tensor(tmp_path):
         most = max(most, len(alive))
         return made
 
-    arrays = _arrays(SIZES["7b"])
+    arrays = canonical_arrays(SIZES["7b"])
     stored = {n: StoredTensor("memory", n, a.shape, a.dtype, functools.partial(read, a)) for n, a in arrays.items()}
     flax_orbax.write(tmp_path / "written", SIZES["7b"], stored, None)
     # Queries, keys and values are one; the array before them may be on its way out.
@@ -251,18 +218,18 @@ def test_memory_holds_the_parts_of_one_tensor(tmp_path):
 
 def test_rows_are_trimmed_and_padded(tmp_path):
     sizes = canonical.Sizes(256_000, 1, 2, 1, 2, 4, 2)
-    arrays = _arrays(sizes, ml_dtypes.bfloat16)
+    arrays = canonical_arrays(sizes, ml_dtypes.bfloat16)
     padded = np.concatenate([arrays["embedding"], np.zeros((128, 2), ml_dtypes.bfloat16)])
     checkpoint = flax_orbax.checkpoint(_save(tmp_path / "saved", _tree(sizes, {**arrays, "embedding": padded})))
     assert checkpoint.sizes == sizes
-    _assert_same(checkpoint.tensors, arrays)
+    assert_same(checkpoint.tensors, arrays)
     flax_orbax.write(tmp_path / "written", sizes, checkpoint.tensors, None)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "written")["transformer/embedder"]["input_embedding"]
     assert restored.shape == (256_128, 2) and restored.tobytes() == padded.tobytes()
     unpadded = flax_orbax.checkpoint(_save(tmp_path / "unpadded", _tree(sizes, arrays)))
     assert unpadded.sizes == sizes
-    _assert_same(unpadded.tensors, arrays)
+    assert_same(unpadded.tensors, arrays)
 
 
 # === What is refused ===
@@ -280,13 +247,13 @@ def _refuses(folder, *parts):
     "name", ["transformer/layer_1/attn/q_einsum/w", "transformer/layer_0/mlp/linear/w", "transformer/final_norm/scale"]
 )
 def test_a_missing_tensor_is_named(tmp_path, name):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     del tree[name]
     _refuses(_save(tmp_path / "saved", tree), "lacks", name.replace("/", "."))
 
 
 def test_a_missing_embedding_and_a_missing_layer_are_named(tmp_path):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     without_layer = {name: array for name, array in tree.items() if "layer_0" not in name}
     _refuses(_save(tmp_path / "layer", without_layer), "lacks", "transformer.layer_0.pre_attention_norm.scale")
     del tree["transformer/embedder/input_embedding"]
@@ -296,13 +263,13 @@ def test_a_missing_embedding_and_a_missing_layer_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["post_attention_norm/scale", "attn/query_norm/scale", "attn/lora/a"])
 def test_an_additional_tensor_is_named(tmp_path, name):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     tree["transformer/layer_1/" + name] = np.zeros(4, np.float32)
     _refuses(_save(tmp_path / "saved", tree), ("transformer/layer_1/" + name).replace("/", "."), "Gemma 1")
 
 
 def test_a_misshapen_tensor_is_named(tmp_path):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     name = "transformer/layer_1/attn/kv_einsum/w"
     _refuses(
         _save(tmp_path / "saved", {**tree, name: tree[name][:1]}),
@@ -312,13 +279,13 @@ def test_a_misshapen_tensor_is_named(tmp_path):
 
 
 def test_integers_are_refused(tmp_path):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     name = "transformer/layer_1/mlp/linear/w"
     _refuses(_save(tmp_path / "saved", {**tree, name: tree[name].astype("int8")}), name.replace("/", "."), "int8")
 
 
 def test_damage_is_refused(tmp_path):
-    tree = _tree(SIZES["2b"], _arrays(SIZES["2b"]))
+    tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     name = "transformer.layer_1.mlp.linear.w"
     folder = _save(tmp_path / "folders", tree, use_ocdbt=False, nested=True)
     chunk, header = folder / name / "0.0", folder / name / ".zarray"
@@ -338,23 +305,23 @@ def test_damage_is_refused(tmp_path):
 
 
 def test_truncated_data_of_a_database_is_refused(tmp_path):
-    folder = _save(tmp_path / "saved", _tree(SIZES["2b"], _arrays(SIZES["2b"])))
+    folder = _save(tmp_path / "saved", _tree(SIZES["2b"], canonical_arrays(SIZES["2b"])))
     largest = max(folder.glob("**/d/*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:200])
     _refuses(folder, "damaged")
 
 
 def test_a_number_that_is_not_finite_is_not_written(tmp_path):
-    arrays = _arrays(SIZES["2b"])
+    arrays = canonical_arrays(SIZES["2b"])
     arrays["blocks.1.up"][3, 2] = np.nan
     with pytest.raises(ValueError, match=r"not finite in `blocks\.1\.up`"):
-        flax_orbax.write(tmp_path / "written", SIZES["2b"], _stored(arrays), None)
+        flax_orbax.write(tmp_path / "written", SIZES["2b"], stored_in_memory(arrays), None)
 
 
 def test_what_the_format_cannot_say_is_not_written(tmp_path):
     sizes = SIZES["2b"]._replace(layer_norm_epsilon=1e-5)
     with pytest.raises(ValueError, match="1e-05"):
-        flax_orbax.write(tmp_path / "written", sizes, _stored(_arrays(sizes)), None)
+        flax_orbax.write(tmp_path / "written", sizes, stored_in_memory(canonical_arrays(sizes)), None)
     assert not (tmp_path / "written").exists()
 
 
@@ -367,7 +334,7 @@ def test_one_folder_of_several_is_to_be_named(tmp_path):
 
 
 def test_the_missing_library_is_named(tmp_path, monkeypatch):
-    folder = _save(tmp_path / "saved", _tree(SIZES["2b"], _arrays(SIZES["2b"])))
+    folder = _save(tmp_path / "saved", _tree(SIZES["2b"], canonical_arrays(SIZES["2b"])))
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(ImportError, match=r"keras_gemma\[train\]"):
         flax_orbax.checkpoint(folder)
