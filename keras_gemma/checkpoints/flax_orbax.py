@@ -34,7 +34,8 @@ FORMAT = "flax"
 VOCABULARY_FILE = "tokenizer.model"
 TREE_FILE = "_METADATA"
 OCDBT_FILE = "manifest.ocdbt"
-ARRAY_FILE = "/.zarray"
+# What describes an array, and the driver that reads it.
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
 # One folder a tensor, of nested and of flat keys, in the years before Orbax put all into one OCDBT database.
 TENSOR_FOLDERS = ("transformer.embedder.input_embedding", "transformer/embedder.input_embedding")
 # The rows after Gemma's 256,000 pieces are padding for TPUs.
@@ -213,8 +214,12 @@ def _stored(folder):
         keys = [key.decode() for key in store.list().result()]
     except (ValueError, OSError) as error:
         raise ValueError(f"`{folder}` is damaged or no Orbax checkpoint: {error}") from error
-    names = sorted(key.removesuffix(ARRAY_FILE) for key in keys if key.endswith(ARRAY_FILE))
-    stored = [_stored_tensor(folder, store, name, must_have_data) for name in names]
+    arrays = [key.rpartition("/") for key in sorted(keys)]
+    stored = [
+        _stored_tensor(folder, functools.partial(_open_array, folder, store, key, DRIVERS[file], must_have_data), key)
+        for key, _, file in arrays
+        if file in DRIVERS
+    ]
     return {tensor.name: tensor for tensor in stored}
 
 
@@ -234,27 +239,25 @@ def _tree(folder):
         raise ValueError(f"`{folder / TREE_FILE}` is not a complete JSON file: {error}") from error
 
 
-def _stored_tensor(folder, store, key, must_have_data):
-    name = key.replace("/", ".")
-    array = _open_array(folder, store, key, must_have_data)
+def _stored_tensor(folder, open_array, key):
+    name, array = key.replace("/", "."), open_array()
     dtype = np.dtype(array.dtype.numpy_dtype)
     if dtype not in FLOATING:
         raise ValueError(f"Weights must have a floating dtype. Received: {dtype} for `{name}` in `{folder}`")
-    read = functools.partial(_read, folder, store, key, must_have_data)
-    return StoredTensor(str(folder), name, tuple(array.shape), dtype, read)
+    return StoredTensor(str(folder), name, tuple(array.shape), dtype, functools.partial(_read, folder, open_array, key))
 
 
-def _open_array(folder, store, key, must_have_data):
+def _open_array(folder, store, key, driver, must_have_data):
     kvstore = (store / f"{key}/").spec().to_json()
-    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": not must_have_data}
+    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": not must_have_data}
     try:
         return _tensorstore().open(spec, open=True, read=True).result()
     except (ValueError, OSError) as error:
         raise ValueError(f"`{folder}` is damaged where it keeps `{key}`: {error}") from error
 
 
-def _read(folder, store, key, must_have_data):
-    array = _open_array(folder, store, key, must_have_data)
+def _read(folder, open_array, key):
+    array = open_array()
     try:
         return array.read().result()
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ import json
 import sys
 import weakref
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,6 +27,8 @@ LAYOUTS = {
     "nested": {"use_ocdbt": True, "nested": True},
     "a folder a tensor": {"use_ocdbt": False, "nested": True},
     "flat, a folder a tensor": {"use_ocdbt": False},
+    "arrays of JAX": {"use_ocdbt": True, "convert": jnp.asarray},
+    "zarr 3": {"use_ocdbt": True, "use_zarr3": True},
     "feed-forward one level higher": {"use_ocdbt": True, "nested": True, "mlp_leaf": False},
 }
 
@@ -79,8 +82,9 @@ def _nested(tree, mlp_leaf):
     return nested
 
 
-def _save(folder, tree, use_ocdbt=True, nested=False, mlp_leaf=True):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as checkpointer:
+def _save(folder, tree, nested=False, mlp_leaf=True, convert=np.asarray, **settings):
+    tree = {name: convert(array) for name, array in tree.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**settings)) as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(tree, mlp_leaf) if nested else _flat(tree)))
     return folder
 
@@ -102,7 +106,7 @@ def test_what_orbax_wrote_is_read_to_the_bit(tmp_path, shape, dtype, layout):
 def test_without_the_file_that_describes_the_tree(tmp_path):
     arrays = canonical_arrays(SIZES["2b"])
     for use_ocdbt in (True, False):
-        folder = _save(tmp_path / str(use_ocdbt), _tree(SIZES["2b"], arrays), use_ocdbt, nested=not use_ocdbt)
+        folder = _save(tmp_path / str(use_ocdbt), _tree(SIZES["2b"], arrays), use_ocdbt=use_ocdbt, nested=not use_ocdbt)
         (folder / "_METADATA").unlink()
         (folder / "_CHECKPOINT_METADATA").unlink()
         assert flax_orbax.is_here(folder)
