@@ -1,0 +1,426 @@
+"""Gemma's vocabulary in the two forms that Hugging Face folders have it: `tokenizer.model` and `tokenizer.json`.
+
+    tokenizer.json → pieces, types and scores → SentencePiece model
+    SentencePiece model → vocabulary, merges and added tokens → tokenizer.json, and the small files beside it
+
+SentencePiece joins whichever two neighbours make the piece of the highest score; `tokenizers` has a list of merges, the
+first of which goes first. One follows from the other, as long as the list has every way of making a piece.
+"""
+
+import json
+
+PAD = "<pad>"
+EOS = "<eos>"
+BOS = "<bos>"
+UNK = "<unk>"
+MASK = "<mask>"
+START_OF_TURN = "<start_of_turn>"
+END_OF_TURN = "<end_of_turn>"
+CONTROL = (PAD, EOS, BOS)
+TURNS = (START_OF_TURN, END_OF_TURN)
+
+SPACE = "▁"
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+CONTEXT_LENGTH = 8192
+
+REPLACED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+# transformers adds it; after the spaces are replaced it finds nothing to split at.
+IDLE_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def proto_of_tokenizer_json(content):
+    """Rebuilds the SentencePiece model from which a `tokenizer.json` was made.
+
+    A piece scores minus the rank of the first merge that makes it, and pieces that no merge makes score less than all
+    others. `<pad>`, `<eos>` and `<bos>` become control pieces, `<0xNN>` bytes, other added tokens user-defined. A byte
+    that the file has as its character, as Gemma's has the tab, is a byte again.
+
+    Args:
+        content: bytes or string, what the file holds.
+
+    Returns:
+        Bytes of a SentencePiece model whose ids are those of the file, save for special tokens that are spelled out in
+        a text: those are text here. Files that do not replace spaces before they look for added tokens, as Gemma's
+        own, cut runs of more than 16 spaces otherwise than SentencePiece.
+
+    Raises:
+        ValueError: for a vocabulary that SentencePiece would not tokenize as this file does, naming the rule.
+    """
+    described = _read(content)
+    _check_model(described["model"])
+    _check_steps(described)
+    added = _added_tokens(described)
+    pieces = _with_names_of_bytes(_pieces_by_id(described["model"]["vocab"], added))
+    merges = _split_merges(described["model"]["merges"])
+    types = [_type_of(piece, added) for piece in pieces]
+    _check_merges(pieces, types, merges)
+    return _proto(pieces, types, _scores(pieces, types, merges))
+
+
+def hugging_face_files(proto):
+    """The files of a Hugging Face folder that describe a tokenizer.
+
+    Args:
+        proto: bytes of a SentencePiece model such as `GemmaTokenizer` takes.
+
+    Returns:
+        A dict from file name to bytes: `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and
+        `special_tokens_map.json`. transformers puts `<bos>` in front of every text, and where the vocabulary has turn
+        markers it formats dialogues as `GemmaTokenizer.apply_chat_template` does. Ids are those of the SentencePiece
+        model, save for special tokens such as `<bos>` that are spelled out in a text: `tokenizers` takes them for
+        the tokens.
+
+    Raises:
+        ValueError: for a SentencePiece model that `tokenizer.json` cannot describe, naming the rule.
+    """
+    model = _read_proto(proto)
+    _check_proto(model)
+    special = _special_tokens({piece.piece for piece in model.pieces})
+    files = {
+        "tokenizer.json": _tokenizer_json(model),
+        "tokenizer_config.json": _tokenizer_config(model, special),
+        "special_tokens_map.json": special,
+    }
+    as_bytes = {name: json.dumps(file, indent=2, ensure_ascii=False).encode() for name, file in files.items()}
+    return {"tokenizer.model": bytes(proto), **as_bytes}
+
+
+# === From tokenizer.json ===
+
+
+def _read(content):
+    try:
+        described = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"A `tokenizer.json` is a JSON file. Received one that does not parse: {error}") from error
+    model = described.get("model") if isinstance(described, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("A `tokenizer.json` is a JSON object with a `model`. Received one without.")
+    return described
+
+
+def _check_model(model):
+    # Old files do not name their type, but only BPE has merges.
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    _require("a BPE model", "model.type", kind, ["BPE"])
+    _require("bytes for characters outside the vocabulary", "model.byte_fallback", model.get("byte_fallback"), [True])
+    _require("one unknown token", "model.unk_token", model.get("unk_token"), [UNK])
+    _require("merges without chance", "model.dropout", model.get("dropout"), [None, 0])
+    _require("merges for every piece", "model.ignore_merges", model.get("ignore_merges"), [None, False])
+    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+        _require("pieces that are spelled as the text", f"model.{mark}", model.get(mark), [None, ""])
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ValueError("A BPE model has its pieces with their ids in `vocab` and a list of `merges`. Received neither")
+
+
+def _check_steps(described):
+    normalizers = [REPLACED_SPACES, {"type": "Sequence", "normalizers": [REPLACED_SPACES]}]
+    _require("a text unchanged but for its spaces", "normalizer", described.get("normalizer"), normalizers)
+    _require("texts in one part", "pre_tokenizer", described.get("pre_tokenizer"), [None, IDLE_SPLIT])
+
+
+def _require(rule, field, received, valid):
+    if received not in valid:
+        raise ValueError(f"Gemma's tokenizer has {rule}: `{field}` is one of {valid}. Received: {received!r}")
+
+
+def _added_tokens(described):
+    added = {}
+    for token in described.get("added_tokens") or []:
+        for option in ("single_word", "lstrip", "rstrip"):
+            _require(
+                "added tokens wherever they are spelled", f"added_tokens.{option}", token.get(option), [None, False]
+            )
+        added[token["content"]] = token["id"]
+    return added
+
+
+def _pieces_by_id(vocabulary, added):
+    ids = {**vocabulary, **added}
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(
+            f"A vocabulary of n pieces has the ids from 0 to n - 1, each once. Received: {len(ids)} pieces with "
+            f"{len(set(ids.values()))} ids from {min(ids.values(), default=None)} to {max(ids.values(), default=None)}"
+        )
+    _check_specials(ids)
+    return sorted(ids, key=ids.get)
+
+
+def _check_specials(names):
+    missing = [token for token in (*CONTROL, UNK) if token not in names]
+    if missing:
+        raise ValueError(f"Gemma's vocabulary has {', '.join((*CONTROL, UNK))}. This one lacks {', '.join(missing)}.")
+
+
+def _with_names_of_bytes(pieces):
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    for name, byte in BYTES.items():
+        if name in ids:
+            continue
+        if byte >= 0x80 or chr(byte) not in ids:
+            raise ValueError(f"A vocabulary that falls back to bytes has a piece for each. This one lacks {name}.")
+        pieces[ids[chr(byte)]] = name
+    return pieces
+
+
+def _split_merges(merges):
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"A merge joins two pieces. Received: {' '.join(pair)!r}")
+    return pairs
+
+
+def _type_of(piece, added):
+    types = _protobuf().ModelProto.SentencePiece
+    if piece == UNK:
+        return types.UNKNOWN
+    if piece in CONTROL:
+        return types.CONTROL
+    if piece in BYTES:
+        return types.BYTE
+    return types.USER_DEFINED if piece in added else types.NORMAL
+
+
+def _check_merges(pieces, types, merges):
+    names = set(pieces)
+    for left, right in merges:
+        if left + right not in names:
+            raise ValueError(f"Merges make pieces of the vocabulary. Received: {left!r} and {right!r}, which make none")
+    normal = _protobuf().ModelProto.SentencePiece.NORMAL
+    spelled = {piece: index for index, (piece, kind) in enumerate(zip(pieces, types)) if kind == normal}
+    listed = set(merges)
+    for piece in spelled:
+        for pair in _ways_of_making(piece, spelled):
+            if pair not in listed:
+                raise ValueError(
+                    f"SentencePiece joins any two pieces that make a third, but these merges lack {pair[0]!r} with "
+                    f"{pair[1]!r}, which make {piece!r}. Valid: the merges of a tokenizer that was SentencePiece's."
+                )
+
+
+def _scores(pieces, types, merges):
+    ranks = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    normal = _protobuf().ModelProto.SentencePiece.NORMAL
+    return [
+        float(-ranks.get(piece, len(merges) + index)) if kind == normal else 0.0
+        for index, (piece, kind) in enumerate(zip(pieces, types))
+    ]
+
+
+def _proto(pieces, types, scores):
+    model = _protobuf().ModelProto()
+    for piece, kind, score in zip(pieces, types, scores):
+        model.pieces.add(piece=piece, type=kind, score=score)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(pieces)
+    trainer.byte_fallback = True
+    trainer.split_digits = True
+    trainer.allow_whitespace_only_pieces = True
+    for name, token in {"pad": PAD, "eos": EOS, "bos": BOS, "unk": UNK}.items():
+        setattr(trainer, f"{name}_piece", token)
+        setattr(trainer, f"{name}_id", pieces.index(token))
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
+# === From SentencePiece ===
+
+
+def _read_proto(proto):
+    from google.protobuf.message import DecodeError
+
+    model = _protobuf().ModelProto()
+    try:
+        model.ParseFromString(proto)
+    except DecodeError as error:
+        raise ValueError(
+            f"A `tokenizer.model` is a SentencePiece model. Received one that does not parse: {error}"
+        ) from error
+    return model
+
+
+def _protobuf():
+    # It wants a protobuf as new as itself, and most of the package works with any.
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2
+
+
+def _check_proto(model):
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kind = trainer.ModelType.Name(trainer.model_type)
+    _require("a BPE model", "trainer_spec.model_type", kind, ["BPE"])
+    fallback = trainer.byte_fallback
+    _require("bytes for characters outside the vocabulary", "trainer_spec.byte_fallback", fallback, [True])
+    suffix = trainer.treat_whitespace_as_suffix
+    _require("spaces before words", "trainer_spec.treat_whitespace_as_suffix", suffix, [False])
+    _require(
+        "no rules that change a text", "normalizer_spec.precompiled_charsmap", normalizer.precompiled_charsmap, [b""]
+    )
+    _require("no space put in front", "normalizer_spec.add_dummy_prefix", normalizer.add_dummy_prefix, [False])
+    squeezed = normalizer.remove_extra_whitespaces
+    _require("its white space as it is", "normalizer_spec.remove_extra_whitespaces", squeezed, [False])
+    _require(f"spaces as {SPACE}", "normalizer_spec.escape_whitespaces", normalizer.escape_whitespaces, [True])
+    _check_pieces(model.pieces)
+
+
+def _check_pieces(pieces):
+    _check_specials({piece.piece for piece in pieces})
+    for piece in pieces:
+        kind = piece.Type.Name(piece.type)
+        expected = "CONTROL" if piece.piece in CONTROL else "UNKNOWN" if piece.piece == UNK else "BYTE"
+        if piece.piece not in (*CONTROL, UNK, *BYTES):
+            _require("normal and user-defined pieces", f"type of {piece.piece!r}", kind, ["NORMAL", "USER_DEFINED"])
+        else:
+            _require("special pieces and bytes of their own types", f"type of {piece.piece!r}", kind, [expected])
+
+
+def _tokenizer_json(model):
+    names = _names(model.pieces)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, **token} for index, token in _added(model.pieces).items()],
+        "normalizer": REPLACED_SPACES,
+        "pre_tokenizer": None,
+        "post_processor": _bos_in_front(names.index(BOS)),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNK,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {name: index for index, name in enumerate(names)},
+            "merges": [" ".join(pair) for pair in _merges(model.pieces, names)],
+        },
+    }
+
+
+def _names(pieces):
+    """Spellings of the pieces. A byte that only longer pieces have as a character is spelled so: merges start there."""
+    names = [piece.piece for piece in pieces]
+    characters = set("".join(piece.piece for piece in pieces if _is_spelled(piece)))
+    lacking = characters.difference(names)
+    for character in sorted(lacking):
+        if ord(character) >= 0x80:
+            raise ValueError(
+                f"Every character of a piece is a piece of its own or one byte, else no merge reaches it. Received: "
+                f"{character!r} in {next(name for name in names if character in name)!r}"
+            )
+    return [chr(BYTES[name]) if name in BYTES and chr(BYTES[name]) in lacking else name for name in names]
+
+
+def _is_spelled(piece):
+    return piece.type in (piece.NORMAL, piece.USER_DEFINED)
+
+
+def _merges(pieces, names):
+    spelled = {
+        name: index for index, (piece, name) in enumerate(zip(pieces, names)) if _is_spelled(piece) or len(name) == 1
+    }
+    whole = sorted(spelled, key=lambda name: (-pieces[spelled[name]].score, spelled[name]))
+    return [pair for name in whole for pair in _ways_of_making(name, spelled)]
+
+
+def _ways_of_making(piece, ids):
+    """The pairs of pieces that make one, by their `ids`, as Gemma's own file has them in order."""
+    pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    known = [(left, right) for left, right in pairs if left in ids and right in ids]
+    return sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+
+
+def _added(pieces):
+    kinds = {index: piece for index, piece in enumerate(pieces) if piece.type not in (piece.NORMAL, piece.BYTE)}
+    return {
+        index: {
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            # SentencePiece finds its pieces after spaces were replaced.
+            "normalized": SPACE in piece.piece,
+            "special": piece.piece in (*CONTROL, UNK, *TURNS),
+        }
+        for index, piece in kinds.items()
+    }
+
+
+def _bos_in_front(bos_id):
+    def text(name, type_id):
+        return [{"SpecialToken": {"id": BOS, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {BOS: {"id": BOS, "ids": [bos_id], "tokens": [BOS]}},
+    }
+
+
+def _special_tokens(names):
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+    if names.issuperset(TURNS):
+        special["additional_special_tokens"] = list(TURNS)
+    return special
+
+
+def _tokenizer_config(model, special):
+    # transformers would add a mask of its own to a vocabulary without one.
+    has_mask = any(piece.piece == MASK for piece in model.pieces)
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **special,
+        "mask_token": MASK if has_mask else None,
+        "model_max_length": CONTEXT_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        "added_tokens_decoder": {str(index): token for index, token in _added(model.pieces).items()},
+    }
+    return {**config, "chat_template": CHAT_TEMPLATE} if "additional_special_tokens" in special else config
+
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- if not messages -%}
+    {{- raise_exception('A dialogue has at least one message.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set speaker = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {%- set content = message['content'] -%}
+    {%- if speaker not in ['user', 'model'] -%}
+        {{- raise_exception('Roles are user and model (or assistant); a system has none.') -}}
+    {%- elif speaker != ('user' if loop.index0 % 2 == 0 else 'model') -%}
+        {{- raise_exception('Turns alternate and the user begins.') -}}
+    {%- elif content is not string -%}
+        {{- raise_exception('The content of a message is a string.') -}}
+    {%- elif '<start_of_turn>' in content or '<end_of_turn>' in content -%}
+        {{- raise_exception('A message cannot contain a turn marker.') -}}
+    {%- elif add_generation_prompt and loop.last and speaker == 'model' -%}
+        {{- raise_exception('The model answers a message of the user, but the last message is its own.') -}}
+    {%- endif -%}
+    {{- '<start_of_turn>' + speaker + '\\n' + (content | trim) + '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\\n' -}}
+{%- endif -%}
+"""
