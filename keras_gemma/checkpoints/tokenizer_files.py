@@ -16,11 +16,16 @@ UNK = "<unk>"
 MASK = "<mask>"
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
-CONTROL = (PAD, EOS, BOS)
 TURNS = (START_OF_TURN, END_OF_TURN)
 
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+# As sentencepiece_model.proto numbers them.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPECIAL_TYPES = {PAD: CONTROL, EOS: CONTROL, BOS: CONTROL, UNK: UNKNOWN}
+TYPES = {**SPECIAL_TYPES, **dict.fromkeys(BYTES, BYTE)}
+
 CONTEXT_LENGTH = 8192
 
 REPLACED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -52,7 +57,7 @@ def proto_of_tokenizer_json(content):
     added = _added_tokens(described)
     pieces = _with_names_of_bytes(_pieces_by_id(described["model"]["vocab"], added))
     merges = _split_merges(described["model"]["merges"])
-    types = [_type_of(piece, added) for piece in pieces]
+    types = [TYPES.get(piece, USER_DEFINED if piece in added else NORMAL) for piece in pieces]
     _check_merges(pieces, types, merges)
     return _proto(pieces, types, _scores(pieces, types, merges))
 
@@ -110,7 +115,7 @@ def _check_model(model):
     for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
         _require("pieces that are spelled as the text", f"model.{mark}", model.get(mark), [None, ""])
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ValueError("A BPE model has its pieces with their ids in `vocab` and a list of `merges`. Received neither")
+        raise ValueError("A BPE model has a `vocab` from pieces to ids and a list of `merges`. Received one without.")
 
 
 def _check_steps(described):
@@ -128,9 +133,7 @@ def _added_tokens(described):
     added = {}
     for token in described.get("added_tokens") or []:
         for option in ("single_word", "lstrip", "rstrip"):
-            _require(
-                "added tokens wherever they are spelled", f"added_tokens.{option}", token.get(option), [None, False]
-            )
+            _require("added tokens as they are spelled", f"added_tokens.{option}", token.get(option), [None, False])
         added[token["content"]] = token["id"]
     return added
 
@@ -147,9 +150,9 @@ def _pieces_by_id(vocabulary, added):
 
 
 def _check_specials(names):
-    missing = [token for token in (*CONTROL, UNK) if token not in names]
+    missing = [token for token in SPECIAL_TYPES if token not in names]
     if missing:
-        raise ValueError(f"Gemma's vocabulary has {', '.join((*CONTROL, UNK))}. This one lacks {', '.join(missing)}.")
+        raise ValueError(f"Gemma's vocabulary has {', '.join(SPECIAL_TYPES)}. This one lacks {', '.join(missing)}.")
 
 
 def _with_names_of_bytes(pieces):
@@ -171,24 +174,12 @@ def _split_merges(merges):
     return pairs
 
 
-def _type_of(piece, added):
-    types = _protobuf().ModelProto.SentencePiece
-    if piece == UNK:
-        return types.UNKNOWN
-    if piece in CONTROL:
-        return types.CONTROL
-    if piece in BYTES:
-        return types.BYTE
-    return types.USER_DEFINED if piece in added else types.NORMAL
-
-
 def _check_merges(pieces, types, merges):
     names = set(pieces)
     for left, right in merges:
         if left + right not in names:
             raise ValueError(f"Merges make pieces of the vocabulary. Received: {left!r} and {right!r}, which make none")
-    normal = _protobuf().ModelProto.SentencePiece.NORMAL
-    spelled = {piece: index for index, (piece, kind) in enumerate(zip(pieces, types)) if kind == normal}
+    spelled = {piece: index for index, (piece, kind) in enumerate(zip(pieces, types)) if kind == NORMAL}
     listed = set(merges)
     for piece in spelled:
         for pair in _ways_of_making(piece, spelled):
@@ -203,9 +194,8 @@ def _scores(pieces, types, merges):
     ranks = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
-    normal = _protobuf().ModelProto.SentencePiece.NORMAL
     return [
-        float(-ranks.get(piece, len(merges) + index)) if kind == normal else 0.0
+        float(-ranks.get(piece, len(merges) + index)) if kind == NORMAL else 0.0
         for index, (piece, kind) in enumerate(zip(pieces, types))
     ]
 
@@ -254,31 +244,24 @@ def _protobuf():
 
 def _check_proto(model):
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    kind = trainer.ModelType.Name(trainer.model_type)
-    _require("a BPE model", "trainer_spec.model_type", kind, ["BPE"])
-    fallback = trainer.byte_fallback
-    _require("bytes for characters outside the vocabulary", "trainer_spec.byte_fallback", fallback, [True])
-    suffix = trainer.treat_whitespace_as_suffix
-    _require("spaces before words", "trainer_spec.treat_whitespace_as_suffix", suffix, [False])
-    _require(
-        "no rules that change a text", "normalizer_spec.precompiled_charsmap", normalizer.precompiled_charsmap, [b""]
-    )
-    _require("no space put in front", "normalizer_spec.add_dummy_prefix", normalizer.add_dummy_prefix, [False])
-    squeezed = normalizer.remove_extra_whitespaces
-    _require("its white space as it is", "normalizer_spec.remove_extra_whitespaces", squeezed, [False])
-    _require(f"spaces as {SPACE}", "normalizer_spec.escape_whitespaces", normalizer.escape_whitespaces, [True])
+    _require("a BPE model", "model_type", trainer.ModelType.Name(trainer.model_type), ["BPE"])
+    _require("bytes for characters outside the vocabulary", "byte_fallback", trainer.byte_fallback, [True])
+    _require("no rules that change a text", "precompiled_charsmap", normalizer.precompiled_charsmap, [b""])
+    _require("no space put in front", "add_dummy_prefix", normalizer.add_dummy_prefix, [False])
+    _require("white space as it is", "remove_extra_whitespaces", normalizer.remove_extra_whitespaces, [False])
+    _require(f"spaces as {SPACE}", "escape_whitespaces", normalizer.escape_whitespaces, [True])
     _check_pieces(model.pieces)
 
 
 def _check_pieces(pieces):
     _check_specials({piece.piece for piece in pieces})
     for piece in pieces:
-        kind = piece.Type.Name(piece.type)
-        expected = "CONTROL" if piece.piece in CONTROL else "UNKNOWN" if piece.piece == UNK else "BYTE"
-        if piece.piece not in (*CONTROL, UNK, *BYTES):
-            _require("normal and user-defined pieces", f"type of {piece.piece!r}", kind, ["NORMAL", "USER_DEFINED"])
-        else:
-            _require("special pieces and bytes of their own types", f"type of {piece.piece!r}", kind, [expected])
+        expected = (TYPES[piece.piece],) if piece.piece in TYPES else (NORMAL, USER_DEFINED)
+        if piece.type not in expected:
+            raise ValueError(
+                f"Special pieces and bytes have types of their own, all others are normal or user-defined. Received: "
+                f"{piece.piece!r} of type {piece.Type.Name(piece.type)}"
+            )
 
 
 def _tokenizer_json(model):
@@ -317,7 +300,7 @@ def _tokenizer_json(model):
 def _names(pieces):
     """Spellings of the pieces. A byte that only longer pieces have as a character is spelled so: merges start there."""
     names = [piece.piece for piece in pieces]
-    characters = set("".join(piece.piece for piece in pieces if _is_spelled(piece)))
+    characters = set("".join(piece.piece for piece in pieces if piece.type == NORMAL))
     lacking = characters.difference(names)
     for character in sorted(lacking):
         if ord(character) >= 0x80:
@@ -328,13 +311,11 @@ def _names(pieces):
     return [chr(BYTES[name]) if name in BYTES and chr(BYTES[name]) in lacking else name for name in names]
 
 
-def _is_spelled(piece):
-    return piece.type in (piece.NORMAL, piece.USER_DEFINED)
-
-
 def _merges(pieces, names):
     spelled = {
-        name: index for index, (piece, name) in enumerate(zip(pieces, names)) if _is_spelled(piece) or len(name) == 1
+        name: index
+        for index, (piece, name) in enumerate(zip(pieces, names))
+        if piece.type in (NORMAL, USER_DEFINED) or len(name) == 1
     }
     whole = sorted(spelled, key=lambda name: (-pieces[spelled[name]].score, spelled[name]))
     return [pair for name in whole for pair in _ways_of_making(name, spelled)]
@@ -348,7 +329,7 @@ def _ways_of_making(piece, ids):
 
 
 def _added(pieces):
-    kinds = {index: piece for index, piece in enumerate(pieces) if piece.type not in (piece.NORMAL, piece.BYTE)}
+    kinds = {index: piece for index, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE)}
     return {
         index: {
             "content": piece.piece,
@@ -357,7 +338,7 @@ def _added(pieces):
             "rstrip": False,
             # SentencePiece finds its pieces after spaces were replaced.
             "normalized": SPACE in piece.piece,
-            "special": piece.piece in (*CONTROL, UNK, *TURNS),
+            "special": piece.piece in (*SPECIAL_TYPES, *TURNS),
         }
         for index, piece in kinds.items()
     }
