@@ -179,10 +179,12 @@ def _check_merges(pieces, types, merges):
     for left, right in merges:
         if left + right not in names:
             raise ValueError(f"Merges make pieces of the vocabulary. Received: {left!r} and {right!r}, which make none")
-    spelled = {piece: index for index, (piece, kind) in enumerate(zip(pieces, types)) if kind == NORMAL}
+    normal = {piece for piece, kind in zip(pieces, types) if kind == NORMAL}
+    user_defined = {piece for piece, kind in zip(pieces, types) if kind == USER_DEFINED}
+    joined = normal | set("".join(normal)) - user_defined
     listed = set(merges)
-    for piece in spelled:
-        for pair in _ways_of_making(piece, spelled):
+    for piece in normal:
+        for pair in _ways_of_making(piece, joined):
             if pair not in listed:
                 raise ValueError(
                     f"SentencePiece joins any two pieces that make a third, but these merges lack {pair[0]!r} with "
@@ -194,10 +196,7 @@ def _scores(pieces, types, merges):
     ranks = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
-    return [
-        float(-ranks.get(piece, len(merges) + index)) if kind == NORMAL else 0.0
-        for index, (piece, kind) in enumerate(zip(pieces, types))
-    ]
+    return [float(-ranks.get(piece, len(merges))) if kind == NORMAL else 0.0 for piece, kind in zip(pieces, types)]
 
 
 def _proto(pieces, types, scores):
@@ -317,15 +316,17 @@ def _merges(pieces, names):
         for index, (piece, name) in enumerate(zip(pieces, names))
         if piece.type in (NORMAL, USER_DEFINED) or len(name) == 1
     }
-    whole = sorted(spelled, key=lambda name: (-pieces[spelled[name]].score, spelled[name]))
-    return [pair for name in whole for pair in _ways_of_making(name, spelled)]
+    by_score = sorted(spelled, key=lambda name: (-pieces[spelled[name]].score, spelled[name]))
+    pairs = []
+    for name in by_score:
+        # Gemma's own file has them in this order.
+        pairs += sorted(_ways_of_making(name, spelled), key=lambda pair: (spelled[pair[0]], spelled[pair[1]]))
+    return pairs
 
 
-def _ways_of_making(piece, ids):
-    """The pairs of pieces that make one, by their `ids`, as Gemma's own file has them in order."""
+def _ways_of_making(piece, names):
     pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-    known = [(left, right) for left, right in pairs if left in ids and right in ids]
-    return sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return [(left, right) for left, right in pairs if left in names and right in names]
 
 
 def _added(pieces):

@@ -247,6 +247,10 @@ def _with_a_gap(described):
     described["model"]["vocab"]["<stray>"] = 1000
 
 
+def _with_characters_of_bytes(described):
+    described["model"]["vocab"]["中文"] = len(described["model"]["vocab"])
+
+
 def _stripping(described):
     described["added_tokens"][4]["lstrip"] = True
 
@@ -271,6 +275,7 @@ def _stripping(described):
         (lambda described: described["model"]["merges"].append("a b c"), ["two pieces", "a b c"]),
         (lambda described: described["model"]["merges"].append("q q"), ["pieces of the vocabulary", "'q'"]),
         (lambda described: described["model"]["merges"].pop(), ["these merges lack"]),
+        (_with_characters_of_bytes, ["these merges lack", "中文"]),
     ],
 )
 def test_vocabularies_that_are_not_sentencepieces_are_refused(vocabulary, change, parts):
