@@ -1,0 +1,421 @@
+"""The GGUF format of Gemma 1, llama.cpp's: settings, vocabulary and tensors in one file.
+
+Matrices are kept as `torch.nn.Linear` keeps them, outputs first, with heads and head dim folded into one axis. Norms
+are kept with the one that is added to them, in float32 whatever the matrices are in. Of a norm w, a file thus keeps
+what float32 can tell of 1 + w: every bit where w is a bfloat16 of 2**-16 or more, others to 2**-24 of 1 + w.
+"""
+
+import functools
+import math
+import os
+
+import ml_dtypes
+import numpy as np
+
+from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints.tensor_files import StoredTensor
+
+FORMAT = "gguf"
+MAGIC = b"GGUF"
+ARCHITECTURE = "gemma"
+CONTEXT_LENGTH = 8192
+EMBEDDING = "token_embd.weight"
+# Some files hold the output projection, which is the embedding again.
+OUTPUT = "output.weight"
+GEMMA_1_HAS = {"gemma.rope.freq_base": 10_000.0, "gemma.rope.scaling.type": "none"}
+
+# What the types of a file are read as; those with a number in their names are quantized.
+READ_AS = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "Q8_0": np.float32,
+    "Q4_0": np.float32,
+    "Q4_K": np.float32,
+    "Q6_K": np.float32,
+}
+PLAIN = ("F32", "F16", "BF16")
+WRITTEN_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+Q8_0_BLOCK = 32
+
+
+def _library():
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF needs a library of its own: `pip install 'keras_gemma[convert]'`.") from error
+    return gguf
+
+
+def is_here(path):
+    """Whether there is a GGUF file of whatever model at a path."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+# === Tensors ===
+
+
+def table_of(sizes):
+    """What a model of these `Sizes` has in this format, as `FileTensor`s."""
+    wanted = canonical.shapes(sizes)
+    return [
+        canonical.as_it_is(EMBEDDING, "embedding", wanted["embedding"]),
+        *canonical.of_blocks(sizes, "blk.{index}.{name}.weight", BLOCK_TENSORS),
+        _one_added("output_norm.weight", "final_norm", wanted["final_norm"]),
+    ]
+
+
+def _one_added(name, part, shape):
+    return canonical.FileTensor(
+        name,
+        shape,
+        (part,),
+        lambda array: (array - array.dtype.type(1),),
+        lambda array: array.astype(np.float32) + np.float32(1),
+    )
+
+
+BLOCK_TENSORS = {
+    "attention_norm": ("attn_norm", _one_added),
+    "query": ("attn_q", canonical.heads_first),
+    "key": ("attn_k", canonical.heads_first),
+    "value": ("attn_v", canonical.heads_first),
+    "output": ("attn_output", canonical.heads_last),
+    "ffw_norm": ("ffn_norm", _one_added),
+    "gate": ("ffn_gate", canonical.transposed),
+    "up": ("ffn_up", canonical.transposed),
+    "down": ("ffn_down", canonical.transposed),
+}
+
+
+def _some_rows(array):
+    return (slice(row, row + canonical.ROWS_AT_ONCE) for row in range(0, len(array), canonical.ROWS_AT_ONCE))
+
+
+# === In ===
+
+
+def checkpoint(path):
+    """The `Checkpoint` of a GGUF file.
+
+    Quantized tensors are read as float32. An output projection, which repeats the embedding, is left aside.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        ImportError: without the package `gguf`.
+        ValueError: for a truncated or damaged file, an architecture other than Gemma 1, a missing setting, and a type
+            of tensor that is not read; each is named.
+    """
+    settings, stored = _header(path)
+    _check_gemma_1(path, settings)
+    sizes = _sizes(path, settings, stored)
+    return canonical.Checkpoint(
+        path=path,
+        format=FORMAT,
+        sizes=sizes,
+        table=table_of(sizes),
+        stored=stored,
+        where=path,
+        ignored=_repeated_embedding(path, stored),
+        proto=functools.partial(_proto, path, settings),
+    )
+
+
+def _header(path):
+    """Settings by their keys, and `StoredTensor`s by their names."""
+    gguf = _library()
+    try:
+        reader = gguf.GGUFReader(path)
+        settings = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"`{path}` is truncated, damaged or no GGUF file: {error}") from error
+    if reader.byte_order != "I":
+        raise ValueError(f"`{path}` was written for machines of the other byte order.")
+    return settings, {tensor.name: _stored(path, tensor) for tensor in reader.tensors}
+
+
+def _stored(path, tensor):
+    kind, shape = tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))
+    if kind.name not in READ_AS:
+        raise ValueError(
+            f"Tensors of a GGUF file are read where their type is one of {', '.join(READ_AS)}. "
+            f"Received: {kind.name} for `{tensor.name}` in `{path}`"
+        )
+    read = functools.partial(_read, path, int(tensor.data_offset), int(tensor.n_bytes), kind, shape)
+    return StoredTensor(path, tensor.name, shape, np.dtype(READ_AS[kind.name]), read)
+
+
+def _read(path, offset, length, kind, shape):
+    if kind.name in PLAIN:
+        return np.fromfile(path, READ_AS[kind.name], count=math.prod(shape), offset=offset).reshape(shape)
+    # Some rows at a time: the library would make all of them twice.
+    gguf = _library()
+    array = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
+    packed = np.fromfile(path, np.uint8, count=length, offset=offset).reshape(len(array), -1)
+    for rows in _some_rows(array):
+        array[rows] = gguf.quants.dequantize(packed[rows], kind)
+    return array.reshape(shape)
+
+
+def _check_gemma_1(path, settings):
+    if settings.get("split.count", 1) > 1:
+        raise ValueError(f"`{path}` is one of {settings['split.count']} parts. A model must be merged into one file.")
+    architecture = _setting(path, settings, "general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ValueError(
+            f"Gemma 1 ({ARCHITECTURE!r}) is the architecture that loads from GGUF. Received: `{path}` of architecture "
+            f"{architecture!r}"
+        )
+    head_dim = _setting(path, settings, "gemma.attention.key_length")
+    for key, value in {**GEMMA_1_HAS, "gemma.attention.value_length": head_dim}.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"Gemma 1 has `{key}` = {value}. Received: {settings[key]} in `{path}`")
+
+
+def _sizes(path, settings, stored):
+    setting = functools.partial(_setting, path, settings)
+    epsilon = np.float32(setting("gemma.attention.layer_norm_rms_epsilon"))
+    return canonical.Sizes(
+        # A file without an embedding is refused for that.
+        vocabulary_size=stored[EMBEDDING].shape[0] if EMBEDDING in stored else 0,
+        num_layers=setting("gemma.block_count"),
+        num_query_heads=setting("gemma.attention.head_count"),
+        num_key_value_heads=setting("gemma.attention.head_count_kv"),
+        hidden_dim=setting("gemma.embedding_length"),
+        intermediate_dim=2 * setting("gemma.feed_forward_length"),
+        head_dim=setting("gemma.attention.key_length"),
+        # 1e-06 is meant where float32 has 9.99999997e-07.
+        layer_norm_epsilon=float(str(epsilon)),
+    )
+
+
+def _setting(path, settings, key):
+    if key not in settings:
+        raise ValueError(f"`{path}` lacks the setting `{key}`.")
+    return settings[key]
+
+
+def _repeated_embedding(path, stored):
+    if OUTPUT not in stored or EMBEDDING not in stored:
+        return ()
+    if stored[OUTPUT].shape != stored[EMBEDDING].shape:
+        raise ValueError(
+            f"Gemma's output projection is its embedding, of shape {stored[EMBEDDING].shape}. "
+            f"Received: `{OUTPUT}` of shape {stored[OUTPUT].shape} in `{path}`"
+        )
+    return (OUTPUT,)
+
+
+# === Out ===
+
+
+def write(target, sizes, tensors, proto, dtype=None):
+    """Writes a GGUF file of Gemma 1, with one tensor at a time in memory.
+
+    Args:
+        target: path of the file, which need not exist yet.
+        sizes: `Sizes`.
+        tensors: dict of `StoredTensor`, of a `Checkpoint`.
+        proto: bytes of the SentencePiece model, or `None` to write no vocabulary, which llama.cpp refuses to load.
+        dtype: one of `"float32"`, `"float16"`, `"bfloat16"` and `"q8_0"`; norms are in float32 whatever it is. `None`
+            leaves each tensor as it is.
+
+    Raises:
+        ImportError: without the package `gguf`.
+        ValueError: for a dtype or a vocabulary that the format cannot keep, before anything is written; for a number
+            that is not finite or becomes infinite in `dtype`, naming the tensor.
+    """
+    gguf = _library()
+    planned = _planned(gguf, sizes, tensors, dtype)
+    vocabulary = None if proto is None else _vocabulary(proto, sizes.vocabulary_size)
+    writer = gguf.GGUFWriter(target, ARCHITECTURE)
+    try:
+        _add_settings(gguf, writer, sizes, planned)
+        if vocabulary is not None:
+            _add_vocabulary(writer, vocabulary, sizes.vocabulary_size)
+        for tensor, kind in planned:
+            length = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+            writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, length, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, kind in planned:
+            writer.write_tensor_data(_packed(gguf, tensor, kind))
+    finally:
+        writer.close()
+
+
+def _planned(gguf, sizes, tensors, dtype):
+    """Pairs of a `StoredTensor` as the file has it and the type that it gets there."""
+    if dtype is not None and dtype not in WRITTEN_AS:
+        raise ValueError(f"GGUF files are written with dtype one of {', '.join(WRITTEN_AS)}. Received: dtype={dtype!r}")
+    planned = []
+    for entry in table_of(sizes):
+        is_norm = len(entry.shape) == 1
+        cast_to = "float32" if is_norm else None if dtype == "q8_0" else dtype
+        (tensor,) = canonical.arranged([entry], tensors, cast_to)
+        planned.append((tensor, gguf.GGMLQuantizationType[_kind(tensor, dtype, is_norm)]))
+    return planned
+
+
+def _kind(tensor, dtype, is_norm):
+    if dtype == "q8_0" and not is_norm:
+        if tensor.shape[-1] % Q8_0_BLOCK:
+            raise ValueError(
+                f"q8_0 keeps numbers in blocks of {Q8_0_BLOCK}, so that every row must be a multiple of {Q8_0_BLOCK} "
+                f"long. Received: rows of {tensor.shape[-1]} for `{tensor.name}`. The other dtypes have no such limit."
+            )
+        return "Q8_0"
+    if tensor.dtype.name not in WRITTEN_AS:
+        raise ValueError(
+            f"GGUF files of Gemma keep float32, float16 and bfloat16. Received: {tensor.dtype} for `{tensor.name}` "
+            f"from `{tensor.file}`. Choose a dtype to cast to."
+        )
+    return WRITTEN_AS[tensor.dtype.name]
+
+
+def _packed(gguf, tensor, kind):
+    """The array that a file keeps of a tensor."""
+    # What overflows in a smaller dtype is found and named below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = tensor.read()
+        packed = array if kind.name in PLAIN else np.empty(gguf.quant_shape_to_byte_shape(array.shape, kind), np.uint8)
+        for rows in _some_rows(array):
+            kept = array[rows]
+            if packed is not array:
+                packed[rows] = gguf.quants.quantize(array[rows], kind)
+                kept = gguf.quants.dequantize(packed[rows], kind)
+            if not np.isfinite(kept).all():
+                raise ValueError(f"`{tensor.file}` has numbers that are too large for {kind.name} in `{tensor.name}`.")
+    return packed
+
+
+def _add_settings(gguf, writer, sizes, planned):
+    kinds = {tensor.name: kind.name for tensor, kind in planned}
+    writer.add_name("Gemma")
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kinds[EMBEDDING]]])
+    if kinds[EMBEDDING] not in PLAIN:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_embedding_length(sizes.hidden_dim)
+    writer.add_block_count(sizes.num_layers)
+    writer.add_feed_forward_length(sizes.intermediate_dim // 2)
+    writer.add_head_count(sizes.num_query_heads)
+    writer.add_head_count_kv(sizes.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(sizes.layer_norm_epsilon)
+    writer.add_key_length(sizes.head_dim)
+    writer.add_value_length(sizes.head_dim)
+
+
+# === Vocabulary ===
+
+# GGUF numbers the types of pieces as SentencePiece does.
+SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+NO_VOCABULARY = (None, "none", "no_vocab")
+# llama.cpp's converter declares them control pieces, which text can not contain. In Gemma's own vocabulary it can.
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+
+
+def _messages():
+    # Slow to import.
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2
+
+
+def _vocabulary(proto, rows):
+    """The parsed SentencePiece model, if the format can keep it."""
+    model = _messages().ModelProto.FromString(proto)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        received = trainer.ModelType.Name(trainer.model_type)
+        raise ValueError(f"Gemma's vocabulary is of SentencePiece's type BPE. Received: one of type {received}")
+    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+        raise ValueError(
+            "Gemma's vocabulary leaves text as it is: it has no normalizing rules, adds no dummy prefix and keeps "
+            f"extra white space. Received: rules {normalizer.name!r}, add_dummy_prefix={normalizer.add_dummy_prefix}, "
+            f"remove_extra_whitespaces={normalizer.remove_extra_whitespaces}"
+        )
+    if len(model.pieces) > rows:
+        raise ValueError(f"Each piece needs a row of the embedding. Received: {len(model.pieces)} pieces, {rows} rows")
+    ids = {name: getattr(trainer, f"{name}_id") for name in SPECIAL_IDS}
+    if min(ids.values()) < 0:
+        raise ValueError(f"Gemma's vocabulary has pieces for the ids of {', '.join(ids)}. Received: {ids}")
+    return model
+
+
+def _add_vocabulary(writer, model, rows):
+    # llama.cpp wants as many tokens as there are rows.
+    unused = range(len(model.pieces), rows)
+    pieces = [piece.piece for piece in model.pieces]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces + [_placeholder(index) for index in unused])
+    writer.add_token_scores([piece.score for piece in model.pieces] + [-10_000.0 for _ in unused])
+    writer.add_token_types([piece.type for piece in model.pieces] + [model.SentencePiece.UNUSED for _ in unused])
+    for name, key in SPECIAL_IDS.items():
+        writer.add_uint32(_id_key(key), getattr(model.trainer_spec, f"{name}_id"))
+    if TURNS[1] in pieces:
+        writer.add_eot_token_id(pieces.index(TURNS[1]))
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+
+
+def _id_key(name):
+    return f"tokenizer.ggml.{name}_token_id"
+
+
+def _placeholder(index):
+    return f"[PAD{index}]"
+
+
+def _proto(path, settings):
+    """Bytes of a SentencePiece model, or `None` for a file without vocabulary."""
+    kind = settings.get("tokenizer.ggml.model")
+    if kind in NO_VOCABULARY:
+        return None
+    if kind != "llama":
+        raise ValueError(f"Gemma's vocabulary is of type 'llama' in GGUF. Received: {kind!r} in `{path}`")
+    model = _messages().ModelProto()
+    for piece, score, of_type in _pieces(path, settings, model.SentencePiece):
+        model.pieces.add(piece=piece, score=score, type=of_type)
+    _describe(path, settings, model)
+    return model.SerializeToString()
+
+
+def _pieces(path, settings, types):
+    lists = [_setting(path, settings, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+    if len({len(values) for values in lists}) > 1:
+        raise ValueError(f"`{path}` has {[len(values) for values in lists]} tokens, scores and types of tokens.")
+    pieces = list(zip(*lists))
+    while pieces and pieces[-1][0] == _placeholder(len(pieces) - 1) and pieces[-1][2] == types.UNUSED:
+        pieces.pop()
+    return [
+        (piece, score, types.USER_DEFINED if piece in TURNS and of_type == types.CONTROL else of_type)
+        for piece, score, of_type in pieces
+    ]
+
+
+def _describe(path, settings, model):
+    """Says of a model with pieces what else SentencePiece must know: what all vocabularies of Gemma have in common."""
+    trainer, types = model.trainer_spec, model.SentencePiece
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(model.pieces)
+    trainer.split_digits = True
+    trainer.byte_fallback = any(piece.type == types.BYTE for piece in model.pieces)
+    trainer.user_defined_symbols.extend(piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED)
+    for name, key in SPECIAL_IDS.items():
+        index = _setting(path, settings, _id_key(key))
+        if index >= len(model.pieces):
+            raise ValueError(f"`{path}` has {len(model.pieces)} tokens, but `{_id_key(key)}` = {index}.")
+        setattr(trainer, f"{name}_id", index)
+        setattr(trainer, f"{name}_piece", model.pieces[index].piece)
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
