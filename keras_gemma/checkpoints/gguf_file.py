@@ -417,5 +417,6 @@ def _describe(path, settings, model):
         setattr(trainer, f"{name}_id", index)
         setattr(trainer, f"{name}_piece", model.pieces[index].piece)
     model.normalizer_spec.name = "identity"
+    model.normalizer_spec.precompiled_charsmap = b""
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False
