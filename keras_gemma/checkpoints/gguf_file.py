@@ -129,15 +129,29 @@ def checkpoint(path):
 
 def _header(path):
     """Settings by their keys, and `StoredTensor`s by their names."""
-    gguf = _library()
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _reader(path)
         settings = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(f"`{path}` is truncated, damaged or no GGUF file: {error}") from error
     if reader.byte_order != "I":
         raise ValueError(f"`{path}` was written for machines of the other byte order.")
     return settings, {tensor.name: _stored(path, tensor) for tensor in reader.tensors}
+
+
+def _reader(path):
+    class Reader(_library().GGUFReader):
+        # The library cuts three slices a piece of the vocabulary. Those of a plain array, which shares the mapped file,
+        # take a third of the time that those of `np.memmap` take, and half of the memory.
+        @property
+        def data(self):
+            return self._data
+
+        @data.setter
+        def data(self, mapped):
+            self._data = np.asarray(mapped)
+
+    return Reader(path)
 
 
 def _stored(path, tensor):
