@@ -1,7 +1,9 @@
 """GGUF files keep what they are given, as llama.cpp has it; what they cannot keep or Gemma 1 is not, is refused."""
 
+import json
 import sys
 import tracemalloc
+import urllib.request
 from pathlib import Path
 
 import ml_dtypes
@@ -33,6 +35,7 @@ WIDE = canonical.Sizes(
     head_dim=128,
 )  # fmt: skip
 TEXTS = ["All the rights, 2004.", "  white   space\n\n", "naïve 日本 \t", "<start_of_turn>user\nhi<end_of_turn>"]
+IDS = np.arange(1, 13).reshape(2, 6)
 QUERY = "blk.1.attn_q.weight"
 FLOAT16 = 2**-11  # what a number may lose in it, in parts of it
 BOTH_SIZES = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -138,13 +141,16 @@ def test_as_the_library_maps_models_of_transformers(written, tmp_path, sizes, vo
         expected = parameter.detach().numpy() + ("norm" in name)
         np.testing.assert_array_equal(tensor.data, expected.astype("float32"))
 
-    ids = np.arange(1, 13).reshape(2, 6)
-    backbone = GemmaBackbone(**sizes._asdict())
-    fill_from(gguf_file.checkpoint(path), backbone)
-    ours = GemmaCausalLM(backbone)({"token_ids": ids, "padding_mask": np.ones_like(ids)})
     with torch.no_grad():
-        theirs = reference(torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-5)
+        theirs = reference(torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(_logits(path), theirs, atol=1e-5)
+
+
+def _logits(path):
+    checkpoint = gguf_file.checkpoint(path)
+    backbone = GemmaBackbone(**checkpoint.sizes._asdict())
+    fill_from(checkpoint, backbone)
+    return np.asarray(GemmaCausalLM(backbone)({"token_ids": IDS, "padding_mask": np.ones_like(IDS)}))
 
 
 def _reference(sizes):
@@ -165,6 +171,48 @@ def _reference(sizes):
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3 if "norm" in name else 0.05)
     return torch, model
+
+
+@BOTH_SIZES
+def test_as_llama_cpp_computes(written, sizes, vocabulary):
+    tensors = {name: _stored(name, tensor.read() / 3) for name, tensor in _tensors(sizes).items()}
+    path = written(sizes, tensors, vocabulary)
+    ask = _llama_cpp(path)
+    last = _logits(path)[0, -1]
+    expected = last - np.logaddexp.reduce(last)
+    wanted = {"prompt": IDS[0].tolist(), "n_predict": 1, "temperature": 0, "n_probs": sizes.vocabulary_size}
+    (answer,) = ask("/completion", wanted)["completion_probabilities"]
+    received = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
+    assert len(received) == sizes.vocabulary_size
+    np.testing.assert_allclose([received[index] for index in range(len(expected))], expected, atol=1e-4)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    for text in TEXTS:
+        tokens = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        assert tokens == [processor.bos_id(), *processor.encode(text)]
+
+
+def _llama_cpp(path):
+    """A function that asks llama.cpp's server, which lives for as long as the function does."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = 64
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = 1
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+
+    def ask(where, body):
+        content = json.dumps(body).encode()
+        request = urllib.request.Request(
+            server.listening_address + where, content, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    return ask
 
 
 def test_each_tensor_is_read_once(written):
