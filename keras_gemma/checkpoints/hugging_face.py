@@ -17,11 +17,12 @@ from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
 from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
+from keras_gemma.checkpoints.tokenizer_files import proto_of_tokenizer_json
 
 FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-VOCABULARY_FILE = "tokenizer.model"
+VOCABULARY_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
 ROPE_THETA = 10_000.0
 # Tokens of the rows that Gemma was trained on.
 LONGEST_TRAINED = 8192
@@ -76,9 +77,13 @@ class HuggingFacePreset:
     def tokenizer_config(self, config_file):
         return {}
 
-    def vocabulary_file(self, config_file):
-        """Local path of the SentencePiece model."""
-        return required_file(self.location, VOCABULARY_FILE)
+    def vocabulary(self, config_file):
+        """Local path of the vocabulary, and the bytes of the SentencePiece model that it is, or says how to make."""
+        converted = optional_file(self.location, TOKENIZER_FILE)
+        if converted and not optional_file(self.location, VOCABULARY_FILE):
+            return converted, proto_of_tokenizer_json(pathlib.Path(converted).read_bytes())
+        path = required_file(self.location, VOCABULARY_FILE)
+        return path, pathlib.Path(path).read_bytes()
 
     def fill_backbone(self, backbone):
         """Gives a backbone that was built without values those of the preset."""
@@ -105,8 +110,8 @@ class HuggingFacePreset:
         )
 
     def _proto(self):
-        path = optional_file(self.location, VOCABULARY_FILE)
-        return pathlib.Path(path).read_bytes() if path else None
+        has_any = any(optional_file(self.location, name) for name in (VOCABULARY_FILE, TOKENIZER_FILE))
+        return self.vocabulary(None)[1] if has_any else None
 
     def _weight_files(self, single_file, index_file):
         index = optional_file(self.location, index_file)

@@ -82,9 +82,10 @@ class KerasPreset:
         """Constructor arguments of the tokenizer."""
         return read_json(required_file(self.location, config_file))["config"]
 
-    def vocabulary_file(self, config_file):
-        """Local path of the SentencePiece model."""
-        return required_file(self.location, f"assets/{config_file.split('.')[0]}/{VOCABULARY_FILE}")
+    def vocabulary(self, config_file):
+        """Local path of the SentencePiece model, and its bytes."""
+        path = required_file(self.location, f"assets/{config_file.split('.')[0]}/{VOCABULARY_FILE}")
+        return path, pathlib.Path(path).read_bytes()
 
     def _config_of(self, file_name, cls):
         path = optional_file(self.location, file_name)

@@ -145,13 +145,11 @@ def _tokenizer(cls, source, config, config_file, kwargs):
     config = {**config, **kwargs}
     if config.get("proto") is not None:
         return cls.from_config(config)
-    path = source.vocabulary_file(config_file)
-    with open(path, "rb") as file:
-        config["proto"] = file.read()
+    where, config["proto"] = source.vocabulary(config_file)
     try:
         return cls.from_config(config)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"`{path}` does not serve as a vocabulary: {error}") from error
+        raise ValueError(f"`{where}` does not serve as a vocabulary: {error}") from error
 
 
 def _preprocessor(cls, source, config, kwargs):

@@ -72,6 +72,18 @@ def test_there_and_back_to_the_bit(source, tmp_path, format):
         assert without_names(settings[0]) == without_names(settings[1])
 
 
+def test_gguf_there_and_back(source, tmp_path):
+    pytest.importorskip("gguf")
+    convert_quietly(source, tmp_path / NAMES["gguf"])
+    convert_quietly(tmp_path / NAMES["gguf"], tmp_path / "back", format="keras")
+    assert arrays(tmp_path / "back").keys() == arrays(source).keys()
+    for name, array in arrays(source).items():
+        # Norms are kept with the one that is added to them.
+        np.testing.assert_allclose(arrays(tmp_path / "back")[name], array, atol=1e-7 if "norm" in name else 0)
+    tokenizers = [GemmaCausalLM.from_preset(folder).preprocessor.tokenizer for folder in (source, tmp_path / "back")]
+    assert list(tokenizers[0]("as it is, 12\n é")) == list(tokenizers[1]("as it is, 12\n é"))
+
+
 @ONE_SHAPE
 def test_keras_hub_and_this_package_load_what_was_written(source, tmp_path, logits):
     expected = logits(GemmaCausalLM.from_preset(source))
@@ -99,6 +111,18 @@ def test_transformers_loads_what_was_written(source, tmp_path, logits):
     with torch.no_grad():
         expected = reference(torch.arange(1, 13).reshape(2, 6)).logits.numpy()
     np.testing.assert_allclose(logits(GemmaCausalLM.from_preset(source)), expected, atol=1e-4)
+
+
+@ONE_SHAPE
+def test_a_vocabulary_of_hugging_face_alone(source, tmp_path):
+    convert_quietly(source, tmp_path / "hf", format="hugging_face")
+    expected = GemmaCausalLM.from_preset(tmp_path / "hf").preprocessor.tokenizer
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    received = GemmaCausalLM.from_preset(tmp_path / "hf").preprocessor.tokenizer
+    text = "as it is, 1234 \n\t é"
+    assert list(received(text)) == list(expected(text))
+    convert_quietly(tmp_path / "hf", tmp_path / "back", format="keras")
+    assert list(GemmaCausalLM.from_preset(tmp_path / "back").preprocessor.tokenizer(text)) == list(expected(text))
 
 
 @ONE_SHAPE
