@@ -398,7 +398,7 @@ def test_gemmas_own_ids_on_text_and_code(published):
     # The published file merges runs of spaces in pairs, SentencePiece takes the longest piece.
     shortened = [re.sub(" {17,}", " " * 16, text) for text in differ_from_theirs]
     inexcusable = [text for text in shortened if ids(theirs, text) != processor.Encode(text)]
-    print(f"{characters:,} characters in {parts:,} parts: {len(differ_from_theirs)} differ from the published file's,")
-    print(f"{len(inexcusable)} of them outside long runs of spaces, {len(differ_from_ours)} from the written's.")
+    print(f"{characters:,} characters in {parts:,} parts: {len(differ_from_theirs)} differ from the published file,")
+    print(f"{len(inexcusable)} of them outside long runs of spaces, {len(differ_from_ours)} from what is written here.")
     assert not differ_from_ours
     assert not inexcusable
