@@ -34,18 +34,27 @@ def test_the_tour_in_python(tmp_path):
     assert "<start_of_turn>user" in done.stdout
 
 
-@pytest.mark.parametrize("command", blocks(mark="shell"))
-def test_the_tour_in_the_shell(command, tmp_path):
+def printed_in_a_shell(command, tmp_path, cwd):
     # `keras-gemma` of this environment, installed or not.
     (tmp_path / "keras-gemma").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m keras_gemma.cli "$@"\n')
     (tmp_path / "keras-gemma").chmod(0o755)
     # A newcomer's shell does not know what this process has set for itself.
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     environment = {**inherited, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=README.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(f"set -e\n{command}", shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("In the morning")
     assert not [line for line in done.stderr.splitlines() if not TF_TEXT_NOISE.match(line)]
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", blocks(mark="shell"))
+def test_the_tour_in_the_shell(command, tmp_path):
+    assert printed_in_a_shell(command, tmp_path, README.parent).startswith("In the morning")
+
+
+def test_the_commands_for_checkpoints(tmp_path):
+    (command,) = blocks(mark="checkpoints")
+    assert "dtypes bfloat16 (38 tensors)" in printed_in_a_shell(command, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("mark", ["quickstart", "tests"])
