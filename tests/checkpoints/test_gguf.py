@@ -184,7 +184,7 @@ def test_as_llama_cpp_computes(written, sizes, vocabulary):
     (answer,) = ask("/completion", wanted)["completion_probabilities"]
     received = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
     assert len(received) == sizes.vocabulary_size
-    np.testing.assert_allclose([received[index] for index in range(len(expected))], expected, atol=1e-4)
+    np.testing.assert_allclose([received[index] for index in range(len(expected))], expected, atol=1e-3)
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     for text in TEXTS:
         tokens = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
@@ -477,6 +477,16 @@ def test_truncated(path, tmp_path):
     for length in (0, 4, 20, 30, 100, 1000, len(content) // 2, len(content) - 1):
         cut.write_bytes(content[:length])
         _refuses_to_read(str(cut), "truncated")
+
+
+def test_the_other_byte_order(tmp_path):
+    path = str(tmp_path / "big_endian.gguf")
+    writer = gguf.GGUFWriter(path, "gemma", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _refuses_to_read(path, "byte order")
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama"])
