@@ -173,15 +173,19 @@ def arranged(table, tensors, dtype=None):
 def _joined(entry, parts, dtype):
     arrays = [part.read() for part in parts]
     for part, array in zip(parts, arrays):
-        _check_finite(part, array)
-    return np.ascontiguousarray(entry.join(*arrays).astype(dtype, copy=False))
-
-
-def _check_finite(part, array):
-    # Some rows at a time: a mask of all of them would take memory of its own.
-    for row in range(0, len(array), ROWS_AT_ONCE):
-        if not np.isfinite(array[row : row + ROWS_AT_ONCE]).all():
+        if not _is_finite(array):
             raise ValueError(f"`{part.file}` keeps a number that is not finite in `{part.name}`.")
+    with np.errstate(over="ignore"):
+        joined = np.ascontiguousarray(entry.join(*arrays).astype(dtype, copy=False))
+    if any(part.dtype != dtype for part in parts) and not _is_finite(joined):
+        raise ValueError(f"`{parts[0].file}` keeps a number in `{parts[0].name}` that is too large for {dtype}.")
+    return joined
+
+
+def _is_finite(array):
+    # Some rows at a time: a mask of all of them would take memory of its own.
+    rows = range(0, len(array), ROWS_AT_ONCE)
+    return all(np.isfinite(array[row : row + ROWS_AT_ONCE]).all() for row in rows)
 
 
 def _check_shape(entry, source):

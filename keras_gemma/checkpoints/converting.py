@@ -94,6 +94,9 @@ def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenize
     checkpoint = opened(source)
     _check_room(target, checkpoint, dtype)
     proto = checkpoint.proto() if tokenizer is None else pathlib.Path(tokenizer).read_bytes()
+    if dtype is None and checkpoint.format == gguf_file.FORMAT != name:
+        # There norms are float32 whatever the rest is.
+        dtype = str(np.dtype(checkpoint.tensors["embedding"].dtype))
     options = {"max_shard_size": max_shard_size} if name in SHARDED else {}
     total = sum(tensor.bytes for tensor in checkpoint.tensors.values())
     with _staged(target) as staging, _bar(total, progress) as bar:

@@ -86,11 +86,11 @@ class GemmaDecoderBlock(keras.layers.Layer):
         normed = kernels.out_of_stream(self.pre_ffw_norm(x))
         return x + kernels.into_stream(self._geglu(normed, training))
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, training=None):
         """The GeGLU branch of `x` `[B, T, D]`, without its residual."""
-        return self._geglu(self.pre_ffw_norm(x))
+        return self._geglu(self.pre_ffw_norm(x), training)
 
-    def _geglu(self, normed, training=None):
+    def _geglu(self, normed, training):
         if training and kernels.prefers_own_geglu(normed) and self._has_plain_feed_forward():
             return kernels.geglu(normed, self.gating_ffw.kernel, self.gating_ffw_2.kernel, self.ffw_linear.kernel)
         gate, up = (kernels.branch_apart(gating(normed)) for gating in (self.gating_ffw, self.gating_ffw_2))
