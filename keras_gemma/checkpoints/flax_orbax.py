@@ -310,7 +310,6 @@ def _write_array(folder, tensor):
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder.absolute()}/{'.'.join(_keys(tensor.name))}/"},
         "metadata": {"compressor": {"id": "zstd", "level": 1}},
-        "store_data_equal_to_fill_value": True,
     }
     elements = min(BYTES_OF_CHUNK // tensor.dtype.itemsize, math.prod(tensor.shape))
     array = tensorstore.open(

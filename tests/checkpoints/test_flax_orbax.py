@@ -282,6 +282,14 @@ def test_a_misshapen_tensor_is_named(tmp_path):
     _refuses(_save(tmp_path / "axes", {**tree, name: tree[name][0]}), name.replace("/", "."), "(1, 16, 4)")
 
 
+def test_the_misshapen_one_is_told_from_the_others(tmp_path):
+    sizes = SIZES["2b"]._replace(num_layers=3)
+    tree = _tree(sizes, canonical_arrays(sizes))
+    name = "transformer/layer_0/attn/q_einsum/w"
+    wrong = {**tree, name: np.zeros((5, 16, 4), np.float32)}
+    _refuses(_save(tmp_path / "saved", wrong), name.replace("/", "."), "(5, 16, 4)", "(4, 16, 4)")
+
+
 def test_integers_are_refused(tmp_path):
     tree = _tree(SIZES["2b"], canonical_arrays(SIZES["2b"]))
     name = "transformer/layer_1/mlp/linear/w"
