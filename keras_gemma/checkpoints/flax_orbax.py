@@ -95,9 +95,12 @@ def checkpoint(path):
 
 def _folders(path):
     path = pathlib.Path(path)
-    if not path.is_dir():
+    if _is_orbax(path):
+        return [path]
+    # A preset may well have checkpoints of its training beside it.
+    if not path.is_dir() or (path / "config.json").exists():
         return []
-    return [path] if _is_orbax(path) else [child for child in sorted(path.iterdir()) if _is_orbax(child)]
+    return [child for child in sorted(path.iterdir()) if _is_orbax(child)]
 
 
 def _is_orbax(folder):
@@ -113,8 +116,10 @@ def _only_folder(path):
 
 
 def _proto(folder):
-    found = [place / VOCABULARY_FILE for place in (folder, folder.parent) if (place / VOCABULARY_FILE).is_file()]
-    return found[0].read_bytes() if found else None
+    for path in (folder / VOCABULARY_FILE, folder.absolute().parent / VOCABULARY_FILE):
+        if path.is_file():
+            return path.read_bytes()
+    return None
 
 
 # === Names and sizes ===

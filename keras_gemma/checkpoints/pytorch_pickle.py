@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints import hugging_face
 from keras_gemma.checkpoints.hugging_face import BLOCK_TENSORS
 from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
 from keras_gemma.checkpoints.locating import read_json
@@ -54,7 +55,12 @@ DTYPES = {**FLOATING, "torch.int8": np.int8, "torch.complex64": np.complex64}
 
 
 def is_here(path):
-    """Whether a `.ckpt`, or a folder with one or with a `pytorch_model.bin`, by the names of files."""
+    """Whether a `.ckpt`, or a folder with one or with a `pytorch_model.bin`, by the names of files.
+
+    A folder that has safetensors, too, is not: what is the same in both should not come from a pickle.
+    """
+    if any((pathlib.Path(path) / name).exists() for name in (hugging_face.SINGLE_FILE, hugging_face.INDEX_FILE)):
+        return False
     return _is_hugging_face(path) or bool(_ckpts(path))
 
 

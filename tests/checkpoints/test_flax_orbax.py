@@ -126,6 +126,14 @@ def test_the_folder_around_it_and_the_tokenizer_beside_it(tmp_path):
     assert not flax_orbax.is_here(tmp_path / "tokenizer.model")
 
 
+def test_a_preset_with_checkpoints_beside_it_stays_a_preset(tmp_path):
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10" / "_METADATA").touch()
+    assert flax_orbax.is_here(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert not flax_orbax.is_here(tmp_path)
+
+
 def test_logits_of_the_einsums_of_flax(tmp_path, shape):
     sizes = SIZES[shape]
     tree = _tree(sizes, canonical_arrays(sizes))

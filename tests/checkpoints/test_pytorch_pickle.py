@@ -206,6 +206,15 @@ def test_pytorch_model_bin_in_shards(tmp_path):
     assert_same(pytorch_pickle.checkpoint(tmp_path).tensors, arrays)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_safetensors_go_before_pickles(tmp_path, name):
+    for other in ("config.json", "pytorch_model.bin", "gemma.ckpt"):
+        (tmp_path / other).touch()
+    assert pytorch_pickle.is_here(tmp_path)
+    (tmp_path / name).touch()
+    assert not pytorch_pickle.is_here(tmp_path)
+
+
 def test_other_architectures_of_hugging_face_are_refused(tmp_path):
     state = _hugging_face(tmp_path, SIZES["2b"], canonical_arrays(SIZES["2b"]))
     torch.save(state, tmp_path / "pytorch_model.bin")
