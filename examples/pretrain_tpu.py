@@ -44,7 +44,7 @@ On a CPU, to try it, as one process with eight devices, and as two with four eac
     done; wait
 
 Expected there: the small bundled model goes on with what Python's standard library says and does, a line of progress
-every 10 steps, for about a minute. `keras-gemma plan` says before a pod is rented whether it will hold the training.
+every 10 steps, for a minute or two. `keras-gemma plan` says before a pod is rented whether it will hold the training.
 """
 
 import os

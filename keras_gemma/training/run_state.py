@@ -1,6 +1,7 @@
 """All that `fit` changes while it runs, as arrays and as what json can write."""
 
 import copy
+import functools
 import random
 import re
 
@@ -65,8 +66,16 @@ def assign(model, arrays):
 def all_finite(model):
     """Whether no weight is NaN or infinite."""
     model.jax_state_sync()
-    finite = [keras.ops.all(keras.ops.isfinite(variable.value)) for variable in model.trainable_variables]
-    return all(bool(keras.ops.convert_to_numpy(one)) for one in finite)
+    return bool(keras.ops.convert_to_numpy(_program_of_finite()([v.value for v in model.trainable_variables])))
+
+
+@functools.cache
+def _program_of_finite():
+    # One program for all weights. Several that are on their way at once wait for each other for ever where processes
+    # with a few devices each on few cores begin them in different orders.
+    import jax
+
+    return jax.jit(lambda values: jax.numpy.stack([jax.numpy.isfinite(value).all() for value in values]).all())
 
 
 # === What a checkpoint belongs to ===

@@ -1,5 +1,6 @@
-"""Downloads through huggingface_hub from a server on this machine that answers as the hub does."""
+"""Downloads through the hubs' own libraries from servers on this machine that answer as the hubs do."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -13,11 +14,13 @@ import pytest
 from keras_gemma.checkpoints import convert
 
 COMMIT = "1" * 40
+# Where kagglehub looks for the hub in its own tests.
+KAGGLE_PORT = 7777
 SHAPE = pytest.mark.parametrize("shape", ["2b"], indirect=True)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Files of `server.folder` under every revision; the first answer with weights breaks off in the middle."""
+class Server(http.server.BaseHTTPRequestHandler):
+    """Files of `server.folder`; the first answer with the largest of them breaks off in the middle."""
 
     protocol_version = "HTTP/1.1"
 
@@ -27,78 +30,133 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer(body=True)
 
-    def _answer(self, body):
-        repository, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
+    def _send_file(self, name, body, headers):
         path = self.server.folder / name
-        self.server.seen.append((self.command, revision, name, self.headers.get("Range")))
-        if repository != "someone/gemma" or not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = path.read_bytes()
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        content = path.read_bytes()
         self.send_response(206 if begin else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content) - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
-        if body and name.endswith(".safetensors") and not begin and not self.server.broken:
+        if body and name == self.server.largest and not self.server.broken:
             self.server.broken = True
             self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
         elif body:
             self.wfile.write(content[begin:])
 
+    def _send(self, status, **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": "0", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
     def log_message(self, *args):
         """Says nothing."""
 
 
+class HuggingFace(Server):
+    def _answer(self, body):
+        repository, _, rest = self.path.lstrip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        self.server.seen.append((self.command, revision, name, self.headers.get("Range")))
+        path = self.server.folder / name
+        if repository != "someone/gemma" or not path.is_file():
+            self._send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            return
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._send_file(name, body, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+
+
+class Kaggle(Server):
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(("POST", asked.get("versionNumber"), asked.get("path"), None))
+        found = (self.server.folder / asked["path"]).is_file()
+        location = f"http://localhost:{KAGGLE_PORT}/{asked['path']}"
+        self._send(*((302,) if found else (404,)), **({"Location": location} if found else {}))
+
+    def _answer(self, body):
+        name = self.path.lstrip("/")
+        self.server.seen.append((self.command, None, name, self.headers.get("Range")))
+        self._send_file(name, body, {})
+
+
+@contextlib.contextmanager
+def served(folder, handler, largest, port=0):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server.folder, server.seen, server.broken, server.largest = folder, [], False, largest
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
-def hub(tmp_path, shape, reference_model):
+def source(tmp_path, shape, reference_model):
     # Large enough for a part of the weights to be on the disk when the server breaks off: 25 MB.
     reference_model({**shape, "intermediate_dim": 2 * 16384}).save_to_preset(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "files", format="hugging_face", progress=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.seen, server.broken = tmp_path / "files", [], False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    return tmp_path / "source"
 
 
-def keras_gemma(hub, tmp_path, *arguments):
+@pytest.fixture
+def hugging_face(tmp_path, source):
+    convert(source, tmp_path / "files", format="hugging_face", progress=False)
+    with served(tmp_path / "files", HuggingFace, "model.safetensors") as server:
+        yield server
+
+
+def keras_gemma(tmp_path, *arguments, **environment):
     environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
+        **os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "KAGGLEHUB_CACHE": str(tmp_path / "cache"), "KAGGLE_USERNAME": "someone", "KAGGLE_KEY": "key", **environment,
     }  # fmt: skip
     command = [sys.executable, "-m", "keras_gemma.cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
+def begins(server, name):
+    return [begin for command, _, asked, begin in server.seen if command == "GET" and asked == name]
+
+
 @SHAPE
-def test_a_pinned_revision_comes_down_and_goes_on_where_it_broke_off(hub, tmp_path):
-    done = keras_gemma(hub, tmp_path, "inspect", "hf://someone/gemma@v1.1", "--json")
+def test_a_pinned_revision_of_hugging_face_goes_on_where_it_broke_off(hugging_face, tmp_path):
+    endpoint = f"http://127.0.0.1:{hugging_face.server_port}"
+    handle = "hf://someone/gemma@v1.1"
+    done = keras_gemma(tmp_path, "inspect", handle, "--json", HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["format"] == "hugging_face" and found["pieces"] == 500 and not found["doubts"]
-    assert {revision for _, revision, name, _ in hub.seen if name} == {"v1.1"}
-    ranges = [begin for command, _, name, begin in hub.seen if command == "GET" and name == "model.safetensors"]
-    first, second = ranges
+    assert {revision for _, revision, name, _ in hugging_face.seen if name} == {"v1.1"}
+    first, second = begins(hugging_face, "model.safetensors")
     assert first is None and int(second.removeprefix("bytes=").rstrip("-")) > 0
-    requests = len(hub.seen)
-    assert keras_gemma(hub, tmp_path, "inspect", "hf://someone/gemma@v1.1").returncode == 0
-    assert not [one for one in hub.seen[requests:] if one[0] == "GET"], "what is there is not fetched again"
+    requests = len(hugging_face.seen)
+    assert keras_gemma(tmp_path, "inspect", handle, HF_ENDPOINT=endpoint).returncode == 0
+    assert not [one for one in hugging_face.seen[requests:] if one[0] == "GET" and one[2]], (
+        "what is there is not fetched again"
+    )
+    (hugging_face.folder / "model.safetensors").unlink()
+    done = keras_gemma(tmp_path, "inspect", "hf://someone/gemma@main", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr.splitlines()[-1]
 
 
 @SHAPE
-def test_what_the_hub_does_not_have(hub, tmp_path):
-    (hub.folder / "model.safetensors").unlink()
-    done = keras_gemma(hub, tmp_path, "inspect", "hf://someone/gemma@main")
-    assert done.returncode == 1
-    assert "model.safetensors" in done.stderr.splitlines()[-1]
+def test_a_version_of_kaggle_comes_down_though_the_first_answer_breaks_off(source, tmp_path):
+    handle = "kaggle://someone/gemma/keras/small/3"
+    with served(source, Kaggle, "model.weights.h5", KAGGLE_PORT) as server:
+        broken = keras_gemma(tmp_path, "inspect", handle, KAGGLE_API_ENVIRONMENT="TEST")
+        assert broken.returncode == 1
+        assert broken.stderr.splitlines()[-1].startswith("keras-gemma: error: ")
+        done = keras_gemma(tmp_path, "inspect", handle, KAGGLE_API_ENVIRONMENT="TEST")
+    assert done.returncode == 0, done.stderr
+    assert "format keras" in done.stdout and "doubts: none" in done.stdout
+    assert {version for command, version, _, _ in server.seen if command == "POST"} == {3}
+    # kagglehub takes a single file in one answer, and from its beginning when that broke off.
+    assert begins(server, "model.weights.h5") == [None, None]
