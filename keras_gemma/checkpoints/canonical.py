@@ -178,7 +178,9 @@ def _joined(entry, parts, dtype):
     with np.errstate(over="ignore"):
         joined = np.ascontiguousarray(entry.join(*arrays).astype(dtype, copy=False))
     if any(part.dtype != dtype for part in parts) and not _is_finite(joined):
-        raise ValueError(f"`{parts[0].file}` keeps a number in `{parts[0].name}` that is too large for {dtype}.")
+        raise ValueError(
+            f"`{parts[0].file}` keeps a number in `{parts[0].name}` that is not finite as {dtype} in `{entry.name}`."
+        )
     return joined
 
 

@@ -51,7 +51,9 @@ def zeros(folder, sizes):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "2 GB"])
-@pytest.mark.parametrize("format", ["keras", "hugging_face", "gguf", "flax"])
+@pytest.mark.parametrize(
+    "format", ["keras", "gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hugging_face", "flax"))]
+)
 def test_memory(tmp_path, sizes, format):
     total = zeros(tmp_path / "source", sizes)
     command = [sys.executable, "-c", MEASURE, tmp_path / "source", tmp_path / "target", format]
