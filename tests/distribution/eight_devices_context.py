@@ -12,6 +12,7 @@ from eight_devices import trained
 
 # isort: split
 import jax
+import keras
 import numpy as np
 
 from keras_gemma.kernels.attention import plain_attention
@@ -81,7 +82,9 @@ def assert_tokens_stay_where_they_are(model):
     assert not [shape for shape in made if shape[-2:] == (LENGTH, LENGTH)]
     gathered = re.findall(r"= \(?f32\[([\d,]+)\].*? all-gather(?:-start)?\(", text)
     # Keys and values of whole rows, and weights.
-    assert any(sizes.endswith((f"{LENGTH},1,8", f"{LENGTH},2,8")) for sizes in gathered), gathered
+    axes = keras.distribution.distribution().device_mesh.backend_mesh.shape
+    heads = max(1, model.backbone.num_key_value_heads // axes["model"])
+    assert any(sizes.endswith(f"{LENGTH},{heads},8") for sizes in gathered), gathered
     assert not [sizes for sizes in gathered if sizes.endswith(f"{LENGTH},16")], gathered
     assert "collective-permute" in text
 
