@@ -33,9 +33,18 @@ MODULES = (
     ("gating_ffw_2", "ffw_gating_2", "mlp.up_proj"),
     ("ffw_linear", "ffw_linear", "mlp.down_proj"),
 )
-NAME = re.compile(r"base_model\.model\.(?:model\.)?layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
-# What adapters may have besides two factors, and the value that says that these have not.
-WITHOUT = {"use_dora": False, "bias": "none", "modules_to_save": None, "layer_replication": None}
+NAME = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight")
+LORA_ALPHA = 8  # of PEFT, where its file does not say
+# Settings of training, and those that say no more than the tensors do.
+NO_MATTER = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "lora_dropout",
+    "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+SERVED = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora"}
+UNSET = (None, False, "none", "", [], {})
+# The other ways of initialising change the model's own weights as well.
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 # === Keras → PEFT ===
@@ -92,7 +101,7 @@ def _config(settings, base_model):
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != ranks[smallest]},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != alphas[smallest]},
         "target_modules": list(settings),
-        **WITHOUT,
+        "bias": "none",
     }
 
 
@@ -147,8 +156,8 @@ def load_adapters(backbone, folder):
     config = _checked_config(folder / CONFIG_FILE)
     factors = _factors(folder / WEIGHTS_FILE, layers)
     pairs = {
-        place: _to_keras(inner, outer * _scale(config, place[1], len(inner)), layers[place].kernel.shape, place[1])
-        for place, (inner, outer) in factors.items()
+        place: _to_keras(inner, outer * _scale(config, path, len(inner)), layers[place].kernel.shape, place[1])
+        for place, (path, inner, outer) in factors.items()
     }
     rank = max(len(second) for _, second in pairs.values())
     names = [layer for _, layer, module in MODULES if any(place[1] == module for place in pairs)]
@@ -166,28 +175,40 @@ def _checked_config(path):
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"Adapters of the type LORA are loaded. Received: {config.get('peft_type')!r} in `{path}`")
-    for name, value in WITHOUT.items():
-        if config.get(name) not in (value, None, []):
-            raise ValueError(f"Adapters with {name}={value!r} are loaded. Received: {config[name]!r} in `{path}`")
+    for name, value in config.items():
+        if name == "init_lora_weights":
+            served = value in INITIALISATIONS
+        else:
+            served = name in NO_MATTER or name in SERVED or value in UNSET
+        if not served:
+            raise ValueError(
+                f"Adapters of two factors and nothing else are loaded. Received: {name}={value!r} in `{path}`"
+            )
     return config
 
 
 def _factors(path, layers):
-    """Pairs of arrays `(r, in)` and `(out, r)` by place, all of them checked."""
+    """By place, the path that PEFT has for it, and arrays `(r, in)` and `(out, r)`, all of them checked."""
     if not path.is_file():
         raise FileNotFoundError(f"Adapters of PEFT have the file `{path}`.")
     stored = tensors_of_files([path], safetensors_tensors)
-    found = {}
+    if not stored:
+        raise ValueError(f"`{path}` holds no adapters.")
+    found, paths = {}, {}
     for name, tensor in stored.items():
         match = NAME.fullmatch(name)
-        place = (int(match.group(1)), match.group(2)) if match else None
+        place = (int(match.group(2)), match.group(3)) if match else None
         if place not in layers:
             raise ValueError(f"`{path}` holds `{name}`, for which this backbone has no layer.")
-        found.setdefault(place, {})[match.group(3)] = tensor
+        paths[place] = match.group(1)
+        found.setdefault(place, {})[match.group(4)] = tensor
     halves = [f"layers.{index}.{module}" for (index, module), pair in found.items() if len(pair) < 2]
     if halves:
         raise ValueError(f"`{path}` lacks one of the two factors of {listed(halves)}.")
-    return {place: _checked_pair(pair["A"], pair["B"], layers[place], place[1]) for place, pair in found.items()}
+    return {
+        place: (paths[place], *_checked_pair(pair["A"], pair["B"], layers[place], place[1]))
+        for place, pair in found.items()
+    }
 
 
 def _checked_pair(inner, outer, layer, module):
@@ -207,11 +228,11 @@ def _matrix_shape(kernel, module):
     return (kernel[1], kernel[0] * kernel[2]) if len(kernel) == 3 else tuple(kernel)
 
 
-def _scale(config, module, rank):
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
+def _scale(config, path, rank):
+    patterns = config.get("alpha_pattern") or {}
+    # As PEFT does: of several patterns that match, the first.
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    alpha = next(matching, config.get("lora_alpha", LORA_ALPHA))
     return alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
 
 

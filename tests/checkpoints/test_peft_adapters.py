@@ -79,8 +79,19 @@ def test_peft_reads_ours(make_backbone, tmp_path, logits):
     np.testing.assert_allclose(outputs(backbone, logits), torch_logits(model), atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"down_proj": 32}},
-                                      {"use_rslora": True}])  # fmt: skip
+PER_LAYER = {r"model.layers.1.self_attn.q_proj": 64, r"layers\.0\.mlp\.(up|gate)_proj": 2}
+OVERLAPPING = {r"layers\.1\..*": 64, "q_proj": 2}
+SETTINGS = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"down_proj": 32}},
+    "a pattern for a layer": {"rank_pattern": {r"layers\.1\..*q_proj": 1}, "alpha_pattern": PER_LAYER},
+    "the first of several patterns": {"alpha_pattern": OVERLAPPING},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_we_read_those_of_peft(make_backbone, tmp_path, logits, settings):
     model = peft_model(make_backbone(), tmp_path)
     import peft
@@ -88,13 +99,15 @@ def test_we_read_those_of_peft(make_backbone, tmp_path, logits, settings):
 
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(model, config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
     model.save_pretrained(tmp_path / "adapters")
+    # Its file has patterns in another order, so that PEFT itself may find another one first.
+    model = peft.PeftModel.from_pretrained(model.unload(), tmp_path / "adapters")
     backbone = make_backbone()
     load_adapters(backbone, tmp_path / "adapters")
     np.testing.assert_allclose(outputs(backbone, logits), torch_logits(model), atol=1e-4)
@@ -123,11 +136,16 @@ def test_refusals(make_backbone, tmp_path):
     with pytest.raises(ValueError, match="enable_lora"):
         load_adapters(adapted(make_backbone()), folder)
     refused(backbone, folder, "adapter_config.json", {"peft_type": "IA3"}, "IA3")
-    refused(backbone, folder, "adapter_config.json", {"use_dora": True}, "use_dora")
+    for other in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
+                  {"alora_invocation_tokens": [1, 2]}, {"init_lora_weights": "pissa"}, {"target_parameters": ["w"]},
+                  {"trainable_token_indices": [3]}, {"of_a_later_version": {"a": 1}}):  # fmt: skip
+        refused(backbone, folder, "adapter_config.json", other, *other, "nothing else")
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     refused(backbone, folder, "adapter_model.safetensors", {name: None}, "layers.1.self_attn.q_proj")
     refused(backbone, folder, "adapter_model.safetensors", {name: np.zeros((3, 5), "float32")}, name)
     stray = name.replace("layers.1", "layers.2")
+    everything = dict.fromkeys(load_file(folder / "adapter_model.safetensors"))
+    refused(backbone, folder, "adapter_model.safetensors", everything, "adapter_model.safetensors", "no adapters")
     refused(backbone, folder, "adapter_model.safetensors", {stray: np.zeros((3, 5), "float32")}, stray)
     assert not any(getattr(layer, "lora_enabled", False) for layer in backbone._flatten_layers())
 
