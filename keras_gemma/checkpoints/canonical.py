@@ -23,12 +23,20 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 
 SHOWN_NAMES = 3
 ROWS_AT_ONCE = 1024
+FLOATING = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+# What all of Gemma 1 has: tokens of the rows that it was trained on, the base of RoPE, the norms' epsilon.
+CONTEXT_LENGTH = 8192
+ROPE_BASE = 10_000.0
+LAYER_NORM_EPSILON = 1e-6
+# The rows after Gemma's 256,000 pieces, where a checkpoint has any, are padding for TPUs.
+ROWS, ROWS_WITH_PADDING = 256_000, 256_128
 BLOCK = {
     "attention_norm": "D",
     "query": "NDH",
@@ -52,7 +60,7 @@ class Sizes(NamedTuple):
     hidden_dim: int
     intermediate_dim: int
     head_dim: int
-    layer_norm_epsilon: float = 1e-6
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
 
     @property
     def letters(self):
@@ -108,7 +116,7 @@ class Checkpoint:
         stored: dict of `StoredTensor` by their names in the files.
         where: string, what lists the tensors, for messages.
         ignored: tuple of names in the files that no model needs.
-        copies: dict from a name among these to the name, as above, of the tensor that it should repeat.
+        copies: dict from a name among these to the name in the files of the tensor that it should repeat.
         proto: callable without arguments to the bytes of the SentencePiece model, `None` where there is none.
     """
 
@@ -127,20 +135,46 @@ class Checkpoint:
         """Dict of `StoredTensor` by the names of this module; none of them is read before it is asked for.
 
         Raises:
-            ValueError: for a missing, additional or misshapen tensor, naming it.
+            ValueError: for a missing, additional or misshapen tensor, and for one without fractions, naming it.
         """
         _check_names(self.table, self.stored, self.where, self.ignored)
         of_parts, tensors = shapes(self.sizes), {}
         for entry in self.table:
             source = self.stored[entry.name]
             _check_shape(entry, source)
+            check_floating(source)
             for place, part in enumerate(entry.parts):
                 read = functools.partial(_part, taker(entry, place), source)
                 tensors[part] = StoredTensor(source.file, entry.name, of_parts[part], source.dtype, read)
         return tensors
 
+    def check_copies(self):
+        """Refuses an output projection of its own: Gemma's is its embedding.
+
+        Raises:
+            ValueError: for numbers or a shape that are not the embedding's, and for an embedding that is not finite.
+        """
+        for name, repeated in self.copies.items():
+            # One that is missing is named where all are.
+            if repeated in self.stored:
+                _check_copy(self.stored[name], self.stored[repeated])
+
+
+def _check_copy(copy, original):
+    same = copy.shape == original.shape
+    if same:
+        ours, theirs = original.read(), copy.read()
+        _check_finite(original, ours)
+        same = all(np.array_equal(theirs[rows], ours[rows]) for rows in some_rows(ours))
+    if not same:
+        raise ValueError(
+            f"Gemma's output projection is its embedding. `{copy.file}` keeps numbers of its own in `{copy.name}` of "
+            f"shape {tuple(copy.shape)}, beside `{original.name}` of shape {tuple(original.shape)}."
+        )
+
 
 def _part(take, source):
+    # What holds several parts is read again for each: to keep it would be one more large array in memory.
     return take(source.read())
 
 
@@ -173,10 +207,9 @@ def arranged(table, tensors, dtype=None):
 def _joined(entry, parts, dtype):
     arrays = [part.read() for part in parts]
     for part, array in zip(parts, arrays):
-        if not _is_finite(array):
-            raise ValueError(f"`{part.file}` keeps a number that is not finite in `{part.name}`.")
+        _check_finite(part, array)
     with np.errstate(over="ignore"):
-        joined = np.ascontiguousarray(entry.join(*arrays).astype(dtype, copy=False))
+        joined = entry.join(*arrays).astype(dtype, order="C", subok=False, copy=False)
     if any(part.dtype != dtype for part in parts) and not _is_finite(joined):
         raise ValueError(
             f"`{parts[0].file}` keeps a number in `{parts[0].name}` that is not finite as {dtype} in `{entry.name}`."
@@ -184,10 +217,55 @@ def _joined(entry, parts, dtype):
     return joined
 
 
+def some_rows(array):
+    """Slices that together are all rows: what is made of some at a time takes little memory of its own."""
+    return (slice(row, row + ROWS_AT_ONCE) for row in range(0, len(array), ROWS_AT_ONCE))
+
+
 def _is_finite(array):
-    # Some rows at a time: a mask of all of them would take memory of its own.
-    rows = range(0, len(array), ROWS_AT_ONCE)
-    return all(np.isfinite(array[row : row + ROWS_AT_ONCE]).all() for row in rows)
+    return all(np.isfinite(array[rows]).all() for rows in some_rows(array))
+
+
+def _check_finite(tensor, array):
+    if not _is_finite(array):
+        raise ValueError(f"`{tensor.file}` keeps a number that is not finite in `{tensor.name}`.")
+
+
+def check_floating(tensor):
+    """Refuses a `StoredTensor` of integers and the like."""
+    if tensor.dtype not in FLOATING:
+        raise ValueError(
+            f"Weights have a floating dtype, one of {', '.join(np.dtype(dtype).name for dtype in FLOATING)}. "
+            f"Received: {tensor.dtype} for `{tensor.name}` in `{tensor.file}`"
+        )
+
+
+def check_epsilon(sizes, format):
+    """Refuses `Sizes` with another epsilon than Gemma's, for formats that have no place for it."""
+    if sizes.layer_norm_epsilon != LAYER_NORM_EPSILON:
+        raise ValueError(
+            f"The format {format!r} has `layer_norm_epsilon={LAYER_NORM_EPSILON}`. Received: {sizes.layer_norm_epsilon}"
+        )
+
+
+def without_padding(sizes, tensors, pieces):
+    """A model without the rows of its embedding that are padding.
+
+    Args:
+        sizes: `Sizes`.
+        tensors: dict of `StoredTensor`, of a `Checkpoint`.
+        pieces: int, of the tokenizer, or `None`. Only its 256,000 say that no token has a row after them.
+
+    Returns:
+        A pair of `Sizes` and a dict of `StoredTensor`; those that were given, where nothing is padding.
+    """
+    if (sizes.vocabulary_size, pieces) != (ROWS_WITH_PADDING, ROWS):
+        return sizes, tensors
+    padded = tensors["embedding"]
+    embedding = dataclasses.replace(
+        padded, shape=(ROWS, *padded.shape[1:]), read=functools.partial(_part, lambda array: array[:ROWS], padded)
+    )
+    return sizes._replace(vocabulary_size=ROWS), {**tensors, "embedding": embedding}
 
 
 def _check_shape(entry, source):
@@ -217,7 +295,7 @@ def listed(names):
 # === Sizes of a model whose files say them by shapes alone ===
 
 
-def usual_shape(stored, where, pattern, letters):
+def usual_shape(stored, where, pattern, letters, index=r"\d+", first="0"):
     """The shape that most blocks have a tensor in: one of another shape is then told from it.
 
     Args:
@@ -225,6 +303,8 @@ def usual_shape(stored, where, pattern, letters):
         where: string, what lists them, for messages.
         pattern: string, a name in the file, with `{index}` where tensors of blocks have theirs.
         letters: string, one letter for each axis.
+        index: string, a regular expression for what stands there.
+        first: string, what stands there for the first block.
 
     Returns:
         A tuple of ints.
@@ -232,19 +312,19 @@ def usual_shape(stored, where, pattern, letters):
     Raises:
         ValueError: if no tensor has that name and as many axes.
     """
-    named = re.compile(re.escape(pattern).replace(r"\{index\}", r"\d+"))
+    named = re.compile(re.escape(pattern).replace(r"\{index\}", index))
     found = [tuple(tensor.shape) for name, tensor in stored.items() if named.fullmatch(name)]
     fitting = collections.Counter(shape for shape in found if len(shape) == len(letters))
     if not fitting:
-        wanted = f"`{pattern.format(index=0)}` of shape ({', '.join(letters)})"
+        wanted = f"`{pattern.format(index=first)}` of shape ({', '.join(letters)})"
         raise ValueError(f"`{where}` lacks {wanted}, as Gemma 1 has it" + (f", but {found[0]}." if found else "."))
     return fitting.most_common(1)[0][0]
 
 
-def number_of_blocks(stored, prefix):
-    """One more than the highest index that follows `prefix` in a name."""
-    found = [re.match(re.escape(prefix) + r"(\d+)\.", name) for name in stored]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def number_of_blocks(stored, pattern):
+    """One more than the highest index in names that begin with a regular expression, whose group is the index."""
+    found = [re.match(pattern, name) for name in stored]
+    return max((int(match[1] or 0) + 1 for match in found if match), default=0)
 
 
 # === What tables are made of ===

@@ -24,24 +24,20 @@ import math
 import pathlib
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints.tensor_files import StoredTensor
+from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
+from keras_gemma.checkpoints.tokenizer_files import tokenizer_model
 
 FORMAT = "flax"
-VOCABULARY_FILE = "tokenizer.model"
 TREE_FILE = "_METADATA"
 OCDBT_FILE = "manifest.ocdbt"
 # What describes an array, and the driver that reads it.
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
 # One folder a tensor, of nested and of flat keys, in the years before Orbax put all into one OCDBT database.
 TENSOR_FOLDERS = ("transformer.embedder.input_embedding", "transformer/embedder.input_embedding")
-# The rows after Gemma's 256,000 pieces are padding for TPUs.
-ROWS, ROWS_WITH_PADDING = 256_000, 256_128
-LAYER_NORM_EPSILON = 1e-6
-FLOATING = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 BYTES_OF_CHUNK = 64 * 1024**2
 LAYER = "transformer.layer_{index}."
 EMBEDDING = "transformer.embedder.input_embedding"
@@ -89,7 +85,7 @@ def checkpoint(path):
         table=table_of(sizes, layout),
         stored=stored,
         where=str(folder),
-        proto=functools.partial(_proto, folder),
+        proto=functools.partial(tokenizer_model, folder, folder.absolute().parent),
     )
 
 
@@ -115,13 +111,6 @@ def _only_folder(path):
     return folders[0]
 
 
-def _proto(folder):
-    for path in (folder / VOCABULARY_FILE, folder.absolute().parent / VOCABULARY_FILE):
-        if path.is_file():
-            return path.read_bytes()
-    return None
-
-
 # === Names and sizes ===
 
 
@@ -138,21 +127,20 @@ def _sizes(stored, where):
         _, key_value_heads, _, _ = usual(LAYER + "attn.kv_einsum.w", "2KDH")
     feed_forward, _ = usual(LAYER + "mlp.linear" + mlp_leaf, "FD")
     sizes = canonical.Sizes(
-        vocabulary_size=ROWS if rows == ROWS_WITH_PADDING else rows,
-        num_layers=canonical.number_of_blocks(stored, "transformer.layer_"),
+        vocabulary_size=canonical.ROWS if rows == canonical.ROWS_WITH_PADDING else rows,
+        num_layers=canonical.number_of_blocks(stored, r"transformer\.layer_(\d+)\."),
         num_query_heads=heads,
         num_key_value_heads=key_value_heads,
         hidden_dim=width,
         intermediate_dim=2 * feed_forward,
         head_dim=head_dim,
-        layer_norm_epsilon=LAYER_NORM_EPSILON,
     )
     return sizes, Layout(rows, has_qkv, mlp_leaf)
 
 
 def layout_of(sizes):
     """The `Layout` that Flax' Gemma of these `Sizes` wants."""
-    rows = ROWS_WITH_PADDING if sizes.vocabulary_size == ROWS else sizes.vocabulary_size
+    rows = canonical.ROWS_WITH_PADDING if sizes.vocabulary_size == canonical.ROWS else sizes.vocabulary_size
     return Layout(rows, sizes.num_query_heads == sizes.num_key_value_heads, ".w")
 
 
@@ -247,8 +235,6 @@ def _tree(folder):
 def _stored_tensor(folder, open_array, key):
     name, array = key.replace("/", "."), open_array()
     dtype = np.dtype(array.dtype.numpy_dtype)
-    if dtype not in FLOATING:
-        raise ValueError(f"Weights must have a floating dtype. Received: {dtype} for `{name}` in `{folder}`")
     return StoredTensor(str(folder), name, tuple(array.shape), dtype, functools.partial(_read, folder, open_array, key))
 
 
@@ -288,10 +274,7 @@ def write(target, sizes, tensors, proto, dtype=None):
         ImportError: without the library that writes Orbax's arrays.
         ValueError: for another epsilon than Flax' Gemma has, and as `arranged`.
     """
-    if sizes.layer_norm_epsilon != LAYER_NORM_EPSILON:
-        raise ValueError(
-            f"The Flax format has `layer_norm_epsilon={LAYER_NORM_EPSILON}`. Received: {sizes.layer_norm_epsilon}"
-        )
+    canonical.check_epsilon(sizes, FORMAT)
     _tensorstore()
     folder = pathlib.Path(target)
     folder.mkdir()

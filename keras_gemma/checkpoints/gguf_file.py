@@ -13,16 +13,16 @@ import ml_dtypes
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 
 FORMAT = "gguf"
 MAGIC = b"GGUF"
 ARCHITECTURE = "gemma"
-CONTEXT_LENGTH = 8192
 EMBEDDING = "token_embd.weight"
 # Some files hold the output projection, which is the embedding again.
 OUTPUT = "output.weight"
-GEMMA_1_HAS = {"gemma.rope.freq_base": 10_000.0, "gemma.rope.scaling.type": "none"}
+GEMMA_1_HAS = {"gemma.rope.freq_base": canonical.ROPE_BASE, "gemma.rope.scaling.type": "none"}
 
 # What the types of a file are read as; those with a number in their names are quantized.
 READ_AS = {
@@ -92,17 +92,13 @@ BLOCK_TENSORS = {
 }
 
 
-def _some_rows(array):
-    return (slice(row, row + canonical.ROWS_AT_ONCE) for row in range(0, len(array), canonical.ROWS_AT_ONCE))
-
-
 # === In ===
 
 
 def checkpoint(path):
     """The `Checkpoint` of a GGUF file.
 
-    Quantized tensors are read as float32. An output projection, which repeats the embedding, is left aside.
+    Quantized tensors are read as float32. An output projection must repeat the embedding.
 
     Args:
         path: path of the file.
@@ -122,7 +118,8 @@ def checkpoint(path):
         table=table_of(sizes),
         stored=stored,
         where=path,
-        ignored=_repeated_embedding(path, stored),
+        ignored=(OUTPUT,) if OUTPUT in stored else (),
+        copies={OUTPUT: EMBEDDING} if OUTPUT in stored else {},
         proto=functools.partial(_proto, path, settings),
     )
 
@@ -172,7 +169,7 @@ def _read(path, offset, length, kind, shape):
     gguf = _library()
     array = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     packed = np.fromfile(path, np.uint8, count=length, offset=offset).reshape(len(array), -1)
-    for rows in _some_rows(array):
+    for rows in canonical.some_rows(array):
         array[rows] = gguf.quants.dequantize(packed[rows], kind)
     return array.reshape(shape)
 
@@ -215,17 +212,6 @@ def _setting(path, settings, key):
     return settings[key]
 
 
-def _repeated_embedding(path, stored):
-    if OUTPUT not in stored or EMBEDDING not in stored:
-        return ()
-    if stored[OUTPUT].shape != stored[EMBEDDING].shape:
-        raise ValueError(
-            f"Gemma's output projection is its embedding, of shape {stored[EMBEDDING].shape}. "
-            f"Received: `{OUTPUT}` of shape {stored[OUTPUT].shape} in `{path}`"
-        )
-    return (OUTPUT,)
-
-
 # === Out ===
 
 
@@ -247,7 +233,7 @@ def write(target, sizes, tensors, proto, dtype=None):
     """
     gguf = _library()
     planned = _planned(gguf, sizes, tensors, dtype)
-    vocabulary = None if proto is None else _vocabulary(proto, sizes.vocabulary_size)
+    vocabulary = None if proto is None else _vocabulary(proto)
     writer = gguf.GGUFWriter(target, ARCHITECTURE)
     try:
         _add_settings(gguf, writer, sizes, planned)
@@ -296,16 +282,15 @@ def _kind(tensor, dtype, is_norm):
 
 def _packed(gguf, tensor, kind):
     """The array that a file keeps of a tensor."""
-    # What overflows in a smaller dtype is found and named below.
+    array = tensor.read()
+    if kind.name in PLAIN:
+        return array
+    packed = np.empty(gguf.quant_shape_to_byte_shape(array.shape, kind), np.uint8)
+    # What overflows is found and named.
     with np.errstate(over="ignore", invalid="ignore"):
-        array = tensor.read()
-        packed = array if kind.name in PLAIN else np.empty(gguf.quant_shape_to_byte_shape(array.shape, kind), np.uint8)
-        for rows in _some_rows(array):
-            kept = array[rows]
-            if packed is not array:
-                packed[rows] = gguf.quants.quantize(array[rows], kind)
-                kept = gguf.quants.dequantize(packed[rows], kind)
-            if not np.isfinite(kept).all():
+        for rows in canonical.some_rows(array):
+            packed[rows] = gguf.quants.quantize(array[rows], kind)
+            if not np.isfinite(gguf.quants.dequantize(packed[rows], kind)).all():
                 raise ValueError(f"`{tensor.file}` has numbers that are too large for {kind.name} in `{tensor.name}`.")
     return packed
 
@@ -316,7 +301,7 @@ def _add_settings(gguf, writer, sizes, planned):
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kinds[EMBEDDING]]])
     if kinds[EMBEDDING] not in PLAIN:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_context_length(canonical.CONTEXT_LENGTH)
     writer.add_embedding_length(sizes.hidden_dim)
     writer.add_block_count(sizes.num_layers)
     writer.add_feed_forward_length(sizes.intermediate_dim // 2)
@@ -332,33 +317,13 @@ def _add_settings(gguf, writer, sizes, planned):
 # GGUF numbers the types of pieces as SentencePiece does.
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 NO_VOCABULARY = (None, "none", "no_vocab")
-# llama.cpp's converter declares them control pieces, which text can not contain. In Gemma's own vocabulary it can.
-TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 
-def _messages():
-    # Slow to import.
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2
-
-
-def _vocabulary(proto, rows):
+def _vocabulary(proto):
     """The parsed SentencePiece model, if the format can keep it."""
-    model = _messages().ModelProto.FromString(proto)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != trainer.BPE:
-        received = trainer.ModelType.Name(trainer.model_type)
-        raise ValueError(f"Gemma's vocabulary is of SentencePiece's type BPE. Received: one of type {received}")
-    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
-        raise ValueError(
-            "Gemma's vocabulary leaves text as it is: it has no normalizing rules, adds no dummy prefix and keeps "
-            f"extra white space. Received: rules {normalizer.name!r}, add_dummy_prefix={normalizer.add_dummy_prefix}, "
-            f"remove_extra_whitespaces={normalizer.remove_extra_whitespaces}"
-        )
-    if len(model.pieces) > rows:
-        raise ValueError(f"Each piece needs a row of the embedding. Received: {len(model.pieces)} pieces, {rows} rows")
-    ids = {name: getattr(trainer, f"{name}_id") for name in SPECIAL_IDS}
+    model = tokenizer_files.parsed(proto)
+    tokenizer_files.check_rules(model)
+    ids = {name: getattr(model.trainer_spec, f"{name}_id") for name in SPECIAL_IDS}
     if min(ids.values()) < 0:
         raise ValueError(f"Gemma's vocabulary has pieces for the ids of {', '.join(ids)}. Received: {ids}")
     return model
@@ -372,11 +337,11 @@ def _add_vocabulary(writer, model, rows):
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces + [_placeholder(index) for index in unused])
     writer.add_token_scores([piece.score for piece in model.pieces] + [-10_000.0 for _ in unused])
-    writer.add_token_types([piece.type for piece in model.pieces] + [model.SentencePiece.UNUSED for _ in unused])
+    writer.add_token_types([piece.type for piece in model.pieces] + [tokenizer_files.UNUSED for _ in unused])
     for name, key in SPECIAL_IDS.items():
         writer.add_uint32(_id_key(key), getattr(model.trainer_spec, f"{name}_id"))
-    if TURNS[1] in pieces:
-        writer.add_eot_token_id(pieces.index(TURNS[1]))
+    if tokenizer_files.END_OF_TURN in pieces:
+        writer.add_eot_token_id(pieces.index(tokenizer_files.END_OF_TURN))
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
 
@@ -396,41 +361,29 @@ def _proto(path, settings):
         return None
     if kind != "llama":
         raise ValueError(f"Gemma's vocabulary is of type 'llama' in GGUF. Received: {kind!r} in `{path}`")
-    model = _messages().ModelProto()
-    for piece, score, of_type in _pieces(path, settings, model.SentencePiece):
-        model.pieces.add(piece=piece, score=score, type=of_type)
-    _describe(path, settings, model)
-    return model.SerializeToString()
+    pieces = _pieces(path, settings)
+    return tokenizer_files.built(pieces, _special_ids(path, settings, len(pieces)))
 
 
-def _pieces(path, settings, types):
+def _pieces(path, settings):
     lists = [_setting(path, settings, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if len({len(values) for values in lists}) > 1:
         raise ValueError(f"`{path}` has {[len(values) for values in lists]} tokens, scores and types of tokens.")
     pieces = list(zip(*lists))
-    while pieces and pieces[-1][0] == _placeholder(len(pieces) - 1) and pieces[-1][2] == types.UNUSED:
+    while pieces and pieces[-1][0] == _placeholder(len(pieces) - 1) and pieces[-1][2] == tokenizer_files.UNUSED:
         pieces.pop()
-    return [
-        (piece, score, types.USER_DEFINED if piece in TURNS and of_type == types.CONTROL else of_type)
-        for piece, score, of_type in pieces
-    ]
+    return [(piece, score, _type_of(piece, of_type)) for piece, score, of_type in pieces]
 
 
-def _describe(path, settings, model):
-    """Says of a model with pieces what else SentencePiece must know: what all vocabularies of Gemma have in common."""
-    trainer, types = model.trainer_spec, model.SentencePiece
-    trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(model.pieces)
-    trainer.split_digits = True
-    trainer.byte_fallback = any(piece.type == types.BYTE for piece in model.pieces)
-    trainer.user_defined_symbols.extend(piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED)
-    for name, key in SPECIAL_IDS.items():
-        index = _setting(path, settings, _id_key(key))
-        if index >= len(model.pieces):
-            raise ValueError(f"`{path}` has {len(model.pieces)} tokens, but `{_id_key(key)}` = {index}.")
-        setattr(trainer, f"{name}_id", index)
-        setattr(trainer, f"{name}_piece", model.pieces[index].piece)
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.precompiled_charsmap = b""
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
+def _type_of(piece, of_type):
+    # llama.cpp's converter declares the turns' control pieces, which text can not contain. In Gemma's own it can.
+    is_turn = piece in tokenizer_files.TURNS and of_type == tokenizer_files.CONTROL
+    return tokenizer_files.USER_DEFINED if is_turn else of_type
+
+
+def _special_ids(path, settings, pieces):
+    ids = {name: _setting(path, settings, _id_key(key)) for name, key in SPECIAL_IDS.items()}
+    for name, index in ids.items():
+        if index >= pieces:
+            raise ValueError(f"`{path}` has {pieces} tokens, but `{_id_key(SPECIAL_IDS[name])}` = {index}.")
+    return ids

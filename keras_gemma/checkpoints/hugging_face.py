@@ -16,16 +16,14 @@ from keras_gemma.checkpoints.tensor_files import in_shards
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
+from keras_gemma.checkpoints.tokenizer_files import TOKENIZER_FILE
+from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
 from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
 from keras_gemma.checkpoints.tokenizer_files import proto_of_tokenizer_json
 
 FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-VOCABULARY_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
-ROPE_THETA = 10_000.0
-# Tokens of the rows that Gemma was trained on.
-LONGEST_TRAINED = 8192
 
 # `hidden_act` is not among them: configurations say "gelu" for historic reasons, and the tanh form is always meant.
 GEMMA_1_HAS = {"attention_bias": False, "tie_word_embeddings": True, "quantization_config": None}
@@ -59,7 +57,7 @@ class HuggingFacePreset:
                 hidden_dim=self.config["hidden_size"],
                 intermediate_dim=2 * self.config["intermediate_size"],
                 head_dim=self.config["head_dim"],
-                layer_norm_epsilon=self.config.get("rms_norm_eps", 1e-6),
+                layer_norm_epsilon=self.config.get("rms_norm_eps", canonical.LAYER_NORM_EPSILON),
             )
         except KeyError as error:
             raise ValueError(f"`config.json` of `{self.location}` lacks {error}.") from error
@@ -105,7 +103,7 @@ class HuggingFacePreset:
             stored=stored,
             where=where,
             ignored=tuple(name for name in stored if _is_redundant(name)),
-            copies={"lm_head.weight": "embedding"} if "lm_head.weight" in stored else {},
+            copies={"lm_head.weight": f"{prefix}embed_tokens.weight"} if "lm_head.weight" in stored else {},
             proto=self._proto,
         )
 
@@ -133,10 +131,11 @@ def _check_architecture(location, config):
             f"architectures {config.get('architectures')}"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_THETA))
-    if theta != ROPE_THETA or rope.get("rope_type", "default") != "default":
+    theta = rope.get("rope_theta", config.get("rope_theta", canonical.ROPE_BASE))
+    if theta != canonical.ROPE_BASE or rope.get("rope_type", "default") != "default":
         raise ValueError(
-            f"Gemma 1 rotates with base {ROPE_THETA:.0f}, unscaled. Received: base {theta}, {rope} in `{location}`"
+            f"Gemma 1 rotates with base {canonical.ROPE_BASE:.0f}, unscaled. "
+            f"Received: base {theta}, {rope} in `{location}`"
         )
     for key, value in GEMMA_1_HAS.items():
         if config.get(key, value) != value:
@@ -227,8 +226,8 @@ def config_of(sizes, dtype):
         "num_key_value_heads": sizes.num_key_value_heads,
         "head_dim": sizes.head_dim,
         "rms_norm_eps": sizes.layer_norm_epsilon,
-        "rope_theta": ROPE_THETA,
-        "max_position_embeddings": LONGEST_TRAINED,
+        "rope_theta": canonical.ROPE_BASE,
+        "max_position_embeddings": canonical.CONTEXT_LENGTH,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,

@@ -12,7 +12,6 @@ from keras_gemma.checkpoints.converting import opened
 
 # The models that were released, by layers and width.
 RELEASED = {(18, 2048): "Gemma 2B", (28, 3072): "Gemma 7B"}
-ROWS_AT_ONCE = 1024
 # Matrices of trained and of freshly initialised models lie well within.
 SANE_DEVIATIONS = 1e-4, 10.0
 
@@ -104,15 +103,19 @@ def inspect(path, numbers=True):
         dtypes=dict(collections.Counter(str(np.dtype(tensor.dtype)) for tensor in tensors.values())),
         pieces=pieces,
         numbers=seen,
-        doubts=[*_doubts_about_pieces(pieces, checkpoint.sizes), *_doubts_about_numbers(seen)],
+        doubts=[
+            *_doubts_about_pieces(pieces, checkpoint.sizes),
+            *_doubts_about_numbers(seen),
+            *(_doubts_about_copies(checkpoint) if numbers else ()),
+        ],
     )
 
 
 def _numbers(tensor):
     array = tensor.read()
     count, total, squares, largest, not_finite = 0, 0.0, 0.0, 0.0, 0
-    for row in range(0, len(array), ROWS_AT_ONCE):
-        chunk = np.asarray(array[row : row + ROWS_AT_ONCE]).astype("float64").ravel()
+    for rows in canonical.some_rows(array):
+        chunk = np.asarray(array[rows]).astype("float64").ravel()
         finite = chunk[np.isfinite(chunk)]
         not_finite += chunk.size - finite.size
         count += finite.size
@@ -133,6 +136,13 @@ def _pieces(proto):
 def _doubts_about_pieces(pieces, sizes):
     if pieces is not None and pieces > sizes.vocabulary_size:
         yield f"the tokenizer has {pieces:,} pieces, the embedding {sizes.vocabulary_size:,} rows"
+
+
+def _doubts_about_copies(checkpoint):
+    try:
+        checkpoint.check_copies()
+    except ValueError as error:
+        yield str(error)
 
 
 def _doubts_about_numbers(seen):

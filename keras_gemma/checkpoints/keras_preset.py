@@ -122,6 +122,7 @@ class KerasPreset:
         if (self.config.get("registered_name") or "").rpartition(">")[2] != "GemmaBackbone":
             raise ValueError(f"Gemma 1 is converted. Received: `{self.location}`, a `{self.config['registered_name']}`")
         config = self.config["config"]
+        _check_settings(self.location, config)
         if is_quantized(config.get("dtype")):
             raise ValueError(f"Floating weights are converted. Received: `{self.location}`, which is quantised")
         return canonical.Sizes(**{name: config[name] for name in canonical.Sizes._fields if name in config})
@@ -149,6 +150,18 @@ class KerasPreset:
         return index, [required_file(self.location, shard) for shard in _shards(index)]
 
 
+def _check_settings(location, config):
+    # Not above: the models import this package.
+    from keras_gemma.models.backbone import GEMMA_1_ONLY
+
+    for name, value in GEMMA_1_ONLY.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"Gemma 1 has `{name}={value}`. Received: {config[name]} in `{location}`")
+    needed = set(canonical.Sizes._fields) - set(canonical.Sizes._field_defaults)
+    if missing := sorted(needed - set(config)):
+        raise ValueError(f"`config.json` of `{location}` lacks {canonical.listed(missing)}.")
+
+
 def _shards(index):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -168,7 +181,7 @@ def variables_by_name(backbone):
     Raises:
         ValueError: for a quantisation whose state is more than its variables.
     """
-    for path, layer in _layers_by_path(backbone):
+    for path, layer in layers_by_path(backbone):
         mode = getattr(layer, "quantization_mode", None)
         if mode not in LOADABLE_QUANTIZATIONS:
             raise ValueError(
@@ -181,7 +194,8 @@ def variables_by_name(backbone):
             yield f"{path}/vars/{key}", variable
 
 
-def _layers_by_path(backbone):
+def layers_by_path(backbone):
+    """Every layer that weight files keep something of, as pairs of its path in the file and the layer."""
     yield EMBEDDING, backbone.token_embedding
     for index, block in enumerate(backbone.transformer_layers):
         for path in BLOCK_LAYERS.values():
@@ -251,8 +265,9 @@ def fill_from(checkpoint, backbone):
     """Gives a backbone that was built without values those of a `Checkpoint` of any format.
 
     Raises:
-        ValueError: as `fill`, and for a quantised backbone.
+        ValueError: as `fill`, for a quantised backbone, and for an output projection that is not the embedding.
     """
+    checkpoint.check_copies()
     variables = dict(variables_by_name(backbone))
     names = {entry.parts[0]: entry.name for entry in table_of(checkpoint.sizes)}
     if quantized := set(variables) - set(names.values()):

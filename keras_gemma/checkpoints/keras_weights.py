@@ -1,5 +1,6 @@
 """A single `.weights.h5` file of a whole model, as `save_weights` of a backbone or of a task writes it."""
 
+import functools
 import os
 
 from keras_gemma.checkpoints import canonical
@@ -12,6 +13,9 @@ FORMAT = "keras_weights"
 OPTIMIZER = "optimizer/"
 SUFFIX = ".weights.h5"
 EMBEDDING = f"{keras_preset.EMBEDDING}/vars/0"
+# The first block has no number.
+BLOCK = "layers/gemma_decoder_block{index}/"
+INDEX = r"(?:_(\d+))?"
 
 
 def is_here(path):
@@ -44,15 +48,12 @@ def checkpoint(path):
 
 
 def _sizes(path, stored):
-    block = keras_preset.block_path(0)
-    try:
-        vocabulary_size, hidden_dim = stored[EMBEDDING].shape
-        heads, _, head_dim = stored[f"{block}/attention/query_dense/vars/0"].shape
-        kv_heads = stored[f"{block}/attention/key_dense/vars/0"].shape[0]
-        branch = stored[f"{block}/gating_ffw/vars/0"].shape[1]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"`{path}` does not have the tensors of Gemma 1's first block: {error}") from error
-    layers = sum(name.endswith("/ffw_linear/vars/0") for name in stored)
+    usual = functools.partial(canonical.usual_shape, stored, path, index=INDEX, first="")
+    vocabulary_size, hidden_dim = usual(EMBEDDING, "VD")
+    heads, _, head_dim = usual(BLOCK + "attention/query_dense/vars/0", "NDH")
+    kv_heads, _, _ = usual(BLOCK + "attention/key_dense/vars/0", "KDH")
+    _, branch = usual(BLOCK + "gating_ffw/vars/0", "DF")
+    layers = canonical.number_of_blocks(stored, BLOCK.format(index=INDEX))
     return canonical.Sizes(vocabulary_size, layers, heads, kv_heads, hidden_dim, 2 * branch, head_dim)
 
 
@@ -65,5 +66,9 @@ def write(target, sizes, tensors, proto, dtype=None):
         tensors: dict of `StoredTensor`, as of a `Checkpoint`.
         proto: not written.
         dtype: optional, one of float32, float16 and bfloat16 to cast to.
+
+    Raises:
+        ValueError: for another epsilon than Gemma's, for which such a file has no place, and as `arranged`.
     """
+    canonical.check_epsilon(sizes, FORMAT)
     write_h5(target, canonical.arranged(keras_preset.table_of(sizes), tensors, dtype))

@@ -16,6 +16,10 @@ import numpy as np
 from keras import ops
 
 from keras_gemma.checkpoints.canonical import listed
+from keras_gemma.checkpoints.hugging_face import BLOCK_TENSORS
+from keras_gemma.checkpoints.keras_preset import BLOCK_LAYERS
+from keras_gemma.checkpoints.keras_preset import block_path
+from keras_gemma.checkpoints.keras_preset import layers_by_path
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
@@ -23,16 +27,6 @@ from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Path of a layer in a block, its name, and the module in transformers.
-MODULES = (
-    ("attention.query_dense", "query", "self_attn.q_proj"),
-    ("attention.key_dense", "key", "self_attn.k_proj"),
-    ("attention.value_dense", "value", "self_attn.v_proj"),
-    ("attention.output_dense", "attention_output", "self_attn.o_proj"),
-    ("gating_ffw", "ffw_gating", "mlp.gate_proj"),
-    ("gating_ffw_2", "ffw_gating_2", "mlp.up_proj"),
-    ("ffw_linear", "ffw_linear", "mlp.down_proj"),
-)
 NAME = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight")
 LORA_ALPHA = 8  # of PEFT, where its file does not say
 # Settings of training, and those that say no more than the tensors do.
@@ -121,15 +115,14 @@ def _array(variable):
 
 
 def _layers(backbone):
-    """The layers that can have adapters, by `(index of the block, module)`."""
-    layers = {}
-    for index, block in enumerate(backbone.transformer_layers):
-        for path, _, module in MODULES:
-            layer = block
-            for attribute in path.split("."):
-                layer = getattr(layer, attribute)
-            layers[index, module] = layer
-    return layers
+    """The layers that can have adapters, by `(index of the block, module of transformers)`."""
+    by_path = dict(layers_by_path(backbone))
+    return {
+        (index, module): by_path[f"{block_path(index)}/{BLOCK_LAYERS[part]}"]
+        for index in range(backbone.num_layers)
+        for part, (module, _) in BLOCK_TENSORS.items()
+        if not part.endswith("norm")
+    }
 
 
 # === PEFT → Keras ===
@@ -160,8 +153,7 @@ def load_adapters(backbone, folder):
         for place, (path, inner, outer) in factors.items()
     }
     rank = max(len(second) for _, second in pairs.values())
-    names = [layer for _, layer, module in MODULES if any(place[1] == module for place in pairs)]
-    backbone.enable_lora(rank, target_layer_names=names)
+    backbone.enable_lora(rank, target_layer_names=sorted({layers[place].name for place in pairs}))
     for place, layer in layers.items():
         if layer.lora_enabled:
             first, second = pairs.get(place, (None, None))

@@ -32,6 +32,7 @@ from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
+from keras_gemma.checkpoints.tokenizer_files import tokenizer_model
 
 FORMAT = "pytorch"
 SUFFIX = ".ckpt"
@@ -39,7 +40,6 @@ STATE = "model_state_dict"
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"
-VOCABULARY_FILE = "tokenizer.model"
 # A buffer of RoPE's rotations, (length, H/2).
 ROTATIONS = "freqs_cis"
 SCALER = "_scaler"
@@ -80,7 +80,7 @@ def checkpoint(path):
     """
     if _is_hugging_face(path):
         preset = HuggingFacePreset(str(path), read_json(pathlib.Path(path) / CONFIG_FILE))
-        return preset.checkpoint(FORMAT, SINGLE_FILE, INDEX_FILE, _floating_tensors)
+        return preset.checkpoint(FORMAT, SINGLE_FILE, INDEX_FILE, _tensors)
     return _of_ckpt(_only_ckpt(path))
 
 
@@ -112,7 +112,7 @@ def _of_ckpt(path):
     stored = tensors_of_files([path], functools.partial(_tensors, key=STATE))
     rotations = [stored.pop(name) for name in list(stored) if name.rpartition(".")[2] == ROTATIONS]
     head_dim = 2 * rotations[0].shape[-1] if rotations else HEAD_DIM
-    stored = {tensor.name: _checked_floating(tensor) for tensor in _dequantized(stored)}
+    stored = {tensor.name: tensor for tensor in _dequantized(stored)}
     sizes = _sizes(stored, path, head_dim)
     return canonical.Checkpoint(
         path=str(path),
@@ -121,13 +121,8 @@ def _of_ckpt(path):
         table=table_of(sizes),
         stored=stored,
         where=str(path),
-        proto=functools.partial(_proto, path.parent),
+        proto=functools.partial(tokenizer_model, path.parent),
     )
-
-
-def _proto(folder):
-    path = folder / VOCABULARY_FILE
-    return path.read_bytes() if path.is_file() else None
 
 
 def _sizes(stored, path, head_dim):
@@ -143,7 +138,7 @@ def _sizes(stored, path, head_dim):
         )
     return canonical.Sizes(
         vocabulary_size=rows,
-        num_layers=canonical.number_of_blocks(stored, "model.layers."),
+        num_layers=canonical.number_of_blocks(stored, r"model\.layers\.(\d+)\."),
         num_query_heads=attended // head_dim,
         num_key_value_heads=(projected - attended) // (2 * head_dim),
         hidden_dim=width,
@@ -196,27 +191,17 @@ def _scaled(weight, scaler):
             f"A scaler has one number for each row. Received: {scaler.shape} in `{scaler.name}` for {weight.shape} in "
             f"`{weight.name}` of `{weight.file}`"
         )
-    _checked_floating(scaler)
+    canonical.check_floating(scaler)
 
     def read():
-        return weight.read().astype(np.float32) * scaler.read().astype(np.float32)[:, None]
+        scaled = weight.read().astype(np.float32)
+        scaled *= scaler.read().astype(np.float32)[:, None]
+        return scaled
 
     return StoredTensor(weight.file, weight.name, weight.shape, np.dtype(np.float32), read)
 
 
 # === Tensors of a pickle ===
-
-
-def _floating_tensors(path):
-    return [_checked_floating(tensor) for tensor in _tensors(path)]
-
-
-def _checked_floating(tensor):
-    if tensor.dtype not in FLOATING.values():
-        raise ValueError(
-            f"Weights must have a floating dtype. Received: {tensor.dtype} for `{tensor.name}` in `{tensor.file}`"
-        )
-    return tensor
 
 
 def _tensors(path, key=None):
@@ -268,6 +253,8 @@ def _state(path, content, key):
         content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"Tensors must be in a dict, by name. `{path}` holds a {type(content).__name__}.")
+    if others := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(f"Tensors must be in a dict, by name. `{path}` holds one under {others[0]!r}.")
     return content
 
 

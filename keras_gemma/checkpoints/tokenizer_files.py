@@ -9,6 +9,10 @@ first of which goes first. One follows from the other, as long as the list has e
 
 import json
 
+from keras_gemma.checkpoints.canonical import CONTEXT_LENGTH
+
+VOCABULARY_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
+
 PAD = "<pad>"
 EOS = "<eos>"
 BOS = "<bos>"
@@ -22,11 +26,10 @@ SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 # As sentencepiece_model.proto numbers them.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPECIAL_PIECES = {"pad": PAD, "eos": EOS, "bos": BOS, "unk": UNK}
 SPECIAL_TYPES = {PAD: CONTROL, EOS: CONTROL, BOS: CONTROL, UNK: UNKNOWN}
 TYPES = {**SPECIAL_TYPES, **dict.fromkeys(BYTES, BYTE)}
-
-CONTEXT_LENGTH = 8192
 
 REPLACED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 # transformers adds it; after the spaces are replaced it finds nothing to split at.
@@ -59,7 +62,8 @@ def proto_of_tokenizer_json(content):
     merges = _split_merges(described["model"]["merges"])
     types = [TYPES.get(piece, USER_DEFINED if piece in added else NORMAL) for piece in pieces]
     _check_merges(pieces, types, merges)
-    return _proto(pieces, types, _scores(pieces, types, merges))
+    ids = {name: pieces.index(piece) for name, piece in SPECIAL_PIECES.items()}
+    return built(zip(pieces, _scores(pieces, types, merges), types), ids)
 
 
 def hugging_face_files(proto):
@@ -78,16 +82,46 @@ def hugging_face_files(proto):
     Raises:
         ValueError: for a SentencePiece model that `tokenizer.json` cannot describe, naming the rule.
     """
-    model = _read_proto(proto)
-    _check_proto(model)
+    model = parsed(proto)
+    check_rules(model)
+    _check_pieces(model.pieces)
     special = _special_tokens({piece.piece for piece in model.pieces})
     files = {
-        "tokenizer.json": _tokenizer_json(model),
+        TOKENIZER_FILE: _tokenizer_json(model),
         "tokenizer_config.json": _tokenizer_config(model, special),
         "special_tokens_map.json": special,
     }
     as_bytes = {name: json.dumps(file, indent=2, ensure_ascii=False).encode() for name, file in files.items()}
-    return {"tokenizer.model": bytes(proto), **as_bytes}
+    return {VOCABULARY_FILE: bytes(proto), **as_bytes}
+
+
+def tokenizer_model(*folders):
+    """Bytes of the `tokenizer.model` in the first of some folders (`pathlib.Path`) that has one, or `None`."""
+    return next((path.read_bytes() for folder in folders if (path := folder / VOCABULARY_FILE).is_file()), None)
+
+
+def checked(proto, rows):
+    """How many pieces a SentencePiece model has.
+
+    Args:
+        proto: bytes.
+        rows: int, of the embedding.
+
+    Raises:
+        ValueError: for bytes that are no SentencePiece model, and for more pieces than rows.
+    """
+    # Slow to import.
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size() if proto else 0
+    except RuntimeError as error:
+        raise ValueError(f"A vocabulary is a SentencePiece model. Received one that does not load: {error}") from error
+    if not pieces:
+        raise ValueError("A vocabulary is a SentencePiece model. Received one without pieces")
+    if pieces > rows:
+        raise ValueError(f"Each piece needs a row of the embedding. Received: {pieces} pieces, {rows} rows")
+    return pieces
 
 
 # === From tokenizer.json ===
@@ -199,29 +233,50 @@ def _scores(pieces, types, merges):
     return [float(-ranks.get(piece, len(merges))) if kind == NORMAL else 0.0 for piece, kind in zip(pieces, types)]
 
 
-def _proto(pieces, types, scores):
+# === SentencePiece ===
+
+
+def built(pieces, ids):
+    """A SentencePiece model of pieces, with what else all vocabularies of Gemma have in common.
+
+    Args:
+        pieces: iterable of triples of a string, a float, its score, and an int, its type.
+        ids: dict of ints: those of `"pad"`, `"eos"`, `"bos"` and `"unk"`.
+
+    Returns:
+        Bytes.
+    """
     model = _protobuf().ModelProto()
-    for piece, kind, score in zip(pieces, types, scores):
-        model.pieces.add(piece=piece, type=kind, score=score)
+    for piece, score, of_type in pieces:
+        model.pieces.add(piece=piece, score=score, type=of_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(pieces)
-    trainer.byte_fallback = True
+    trainer.vocab_size = len(model.pieces)
     trainer.split_digits = True
-    trainer.allow_whitespace_only_pieces = True
-    for name, token in {"pad": PAD, "eos": EOS, "bos": BOS, "unk": UNK}.items():
-        setattr(trainer, f"{name}_piece", token)
-        setattr(trainer, f"{name}_id", pieces.index(token))
+    trainer.byte_fallback = any(piece.type == BYTE for piece in model.pieces)
+    if any(_is_space(piece.piece) for piece in model.pieces):
+        trainer.allow_whitespace_only_pieces = True
+    trainer.user_defined_symbols.extend(piece.piece for piece in model.pieces if piece.type == USER_DEFINED)
+    for name, index in ids.items():
+        setattr(trainer, f"{name}_id", index)
+        setattr(trainer, f"{name}_piece", model.pieces[index].piece)
     model.normalizer_spec.name = "identity"
+    model.normalizer_spec.precompiled_charsmap = b""
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False
     return model.SerializeToString()
 
 
-# === From SentencePiece ===
+def _is_space(piece):
+    return len(piece) > 1 and set(piece) == {SPACE}
 
 
-def _read_proto(proto):
+def parsed(proto):
+    """The message that bytes of a SentencePiece model are.
+
+    Raises:
+        ValueError: for other bytes.
+    """
     from google.protobuf.message import DecodeError
 
     model = _protobuf().ModelProto()
@@ -241,7 +296,8 @@ def _protobuf():
     return sentencepiece_model_pb2
 
 
-def _check_proto(model):
+def check_rules(model):
+    """Refuses a SentencePiece model that treats a text otherwise than Gemma's, naming the rule."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     _require("a BPE model", "model_type", trainer.ModelType.Name(trainer.model_type), ["BPE"])
     _require("bytes for characters outside the vocabulary", "byte_fallback", trainer.byte_fallback, [True])
@@ -249,7 +305,6 @@ def _check_proto(model):
     _require("no space put in front", "add_dummy_prefix", normalizer.add_dummy_prefix, [False])
     _require("white space as it is", "remove_extra_whitespaces", normalizer.remove_extra_whitespaces, [False])
     _require(f"spaces as {SPACE}", "escape_whitespaces", normalizer.escape_whitespaces, [True])
-    _check_pieces(model.pieces)
 
 
 def _check_pieces(pieces):

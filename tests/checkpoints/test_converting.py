@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from keras_gemma import cli
+from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import convert
 from keras_gemma.checkpoints import inspect
 from keras_gemma.checkpoints.converting import opened
@@ -57,7 +58,7 @@ def convert_quietly(source, target, **options):
     return convert(source, target, progress=False, **options)
 
 
-@pytest.mark.parametrize("source", ["float32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("source", ["float32", "float16", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("format", ["keras_weights", "hugging_face", "flax"])
 def test_there_and_back_to_the_bit(source, tmp_path, format):
     there, back = tmp_path / NAMES[format], tmp_path / "back"
@@ -207,8 +208,161 @@ def test_an_output_projection_of_its_own_is_refused(source, tmp_path):
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
     convert_quietly(tmp_path / "hf", tmp_path / "tied", format="keras")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
-    refuse(tmp_path / "hf", tmp_path / "untied", "lm_head.weight", format="keras")
+    GemmaBackbone.from_preset(tmp_path / "hf")
+    assert not inspect(tmp_path / "hf").doubts
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding + 1}, path)
+    refuse(tmp_path / "hf", tmp_path / "untied", "lm_head.weight", "model.embed_tokens.weight", format="keras")
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        GemmaBackbone.from_preset(tmp_path / "hf")
+    assert [doubt for doubt in inspect(tmp_path / "hf").doubts if "lm_head.weight" in doubt]
+    embedding[5, 3] = np.nan
+    save_file({**tensors, "lm_head.weight": embedding}, path)
+    refuse(tmp_path / "hf", tmp_path / "untied", "model.embed_tokens.weight", "not finite", format="keras")
+
+
+@ONE_SHAPE
+def test_an_output_projection_of_its_own_in_gguf_is_refused(source, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    embedding = arrays(source)["embedding"]
+    edited_gguf(gguf, source, tmp_path, {"output.weight": embedding})
+    convert_quietly(tmp_path / "edited.gguf", tmp_path / "tied", format="keras")
+    edited_gguf(gguf, source, tmp_path, {"output.weight": embedding + 1})
+    refuse(tmp_path / "edited.gguf", tmp_path / "untied", "output.weight", format="keras")
+
+
+def edited_gguf(gguf, source, folder, changes):
+    """A file with additional tensors, or with others in the place of its own."""
+    if not (folder / "whole.gguf").exists():
+        convert_quietly(source, folder / "whole.gguf")
+    reader, writer = gguf.GGUFReader(folder / "whole.gguf"), gguf.GGUFWriter(folder / "edited.gguf", "gemma")
+    for name, field in reader.fields.items():
+        if name.startswith("gemma."):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, array in {**{tensor.name: tensor.data for tensor in reader.tensors}, **changes}.items():
+        writer.add_tensor(name, np.array(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@ONE_SHAPE
+def test_a_gguf_file_of_several_dtypes_loses_none_of_them(source, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    embedding = arrays(source)["embedding"].astype("float16")
+    edited_gguf(gguf, source, tmp_path, {"token_embd.weight": embedding})
+    assert arrays(tmp_path / "edited.gguf")["embedding"].dtype == "float16"
+    convert_quietly(tmp_path / "edited.gguf", tmp_path / "back", format="keras")
+    expected = {**arrays(tmp_path / "edited.gguf"), "embedding": embedding.astype("float32")}
+    assert_same(arrays(tmp_path / "back"), expected)
+
+
+def change_config(folder, *without, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in {**content["config"], **changes}.items() if name not in without}
+    (folder / "config.json").write_text(json.dumps({**content, "config": config}))
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("use_post_ffw_norm", True),
+        ("use_sliding_window_attention", True),
+        ("attention_logit_soft_cap", 50.0),
+        ("query_head_dim_normalize", False),
+    ],
+)
+def test_gemma_2_is_refused(source, tmp_path, name, value):
+    change_config(source, **{name: value})
+    refuse(source, tmp_path / "hf", "Gemma 1 has", name, str(value), format="hugging_face")
+    with pytest.raises(ValueError, match=name):
+        inspect(source)
+
+
+@ONE_SHAPE
+def test_a_configuration_that_lacks_a_size(source, tmp_path):
+    change_config(source, "hidden_dim")
+    refuse(source, tmp_path / "hf", "config.json", "hidden_dim", format="hugging_face")
+
+
+@ONE_SHAPE
+def test_integers_are_refused(source, tmp_path):
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        query = file[QUERY][()]
+        del file[QUERY]
+        file[QUERY] = query.astype("int32")
+    refuse(source, tmp_path / "hf", QUERY, "int32", "floating", format="hugging_face")
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("format", ["keras_weights", "flax"])
+def test_an_epsilon_for_which_the_format_has_no_place(source, tmp_path, format):
+    change_config(source, layer_norm_epsilon=1e-5)
+    refuse(source, tmp_path / NAMES[format], "layer_norm_epsilon", "1e-05", "1e-06", format=format)
+
+
+@ONE_SHAPE
+def test_a_damaged_block_of_a_weights_file_is_told_from_the_others(source, tmp_path):
+    whole, last = tmp_path / "model.weights.h5", "layers/gemma_decoder_block_2/ffw_linear/vars/0"
+    first = "layers/gemma_decoder_block/attention/query_dense/vars/0"
+    convert_quietly(source, whole)
+    with h5py.File(whole, "a") as file:
+        query = file[first][()]
+        del file[first]
+        file[first] = query[:1]
+    refuse(whole, tmp_path / "hf", first, "(1, 32, 8)", "(4, 32, 8)", format="hugging_face")
+    with h5py.File(whole, "a") as file:
+        del file[first], file[last]
+        file[first] = query
+    refuse(whole, tmp_path / "hf", "lacks", last, format="hugging_face")
+    with h5py.File(whole, "a") as file:
+        del file["layers/gemma_decoder_block"], file["layers/gemma_decoder_block_1"]
+        del file["layers/gemma_decoder_block_2"]
+    refuse(whole, tmp_path / "hf", "lacks", first, "(N, D, H)", format="hugging_face")
+
+
+@ONE_SHAPE
+def test_vocabularies_that_do_not_serve(source, tmp_path):
+    weights = tmp_path / "model.weights.h5"
+    convert_quietly(source, weights)
+    wrong, empty = tmp_path / "wrong.model", tmp_path / "empty.model"
+    wrong.write_text('{"version": "1.0"}')
+    empty.touch()
+    for format in ("keras", "hugging_face", "flax"):
+        for path in (wrong, empty):
+            refuse(weights, tmp_path / NAMES[format], "SentencePiece", format=format, tokenizer=path)
+    with h5py.File(weights, "a") as file:
+        embedding = file["layers/reversible_embedding/vars/0"][()]
+        del file["layers/reversible_embedding"]
+        file["layers/reversible_embedding/vars/0"] = embedding[:499]
+    vocabulary = source / "assets/tokenizer/vocabulary.spm"
+    refuse(weights, tmp_path / "flax", "500 pieces", "499 rows", format="flax", tokenizer=vocabulary)
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("format", ["keras", "keras_weights", "hugging_face", "gguf"])
+def test_rows_of_padding_are_left_out(source, tmp_path, monkeypatch, format):
+    # In miniature: as many pieces as the vocabulary of this test has, and as many rows as the model.
+    monkeypatch.setattr(canonical, "ROWS", 500)
+    monkeypatch.setattr(canonical, "ROWS_WITH_PADDING", 512)
+    vocabulary = source / "assets/tokenizer/vocabulary.spm"
+    padded, bare = source, tmp_path / "model.weights.h5"
+    with monkeypatch.context() as patched:
+        patched.setattr(canonical, "ROWS", 400)
+        if format != "keras":
+            padded = tmp_path / ("padded" + NAMES[format])
+            convert_quietly(source, padded, format=format)
+    convert_quietly(padded, tmp_path / "out", format="hugging_face", tokenizer=vocabulary)
+    whole = arrays(padded)
+    assert whole["embedding"].shape[0] == 512
+    assert_same(arrays(tmp_path / "out"), {**whole, "embedding": whole["embedding"][:500]})
+    assert opened(tmp_path / "out").sizes.vocabulary_size == 500
+    if format == "keras_weights":
+        # Without a tokenizer nobody knows that they are padding.
+        convert_quietly(padded, bare)
+        assert_same(arrays(bare), whole)
 
 
 @ONE_SHAPE

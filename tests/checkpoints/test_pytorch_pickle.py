@@ -16,8 +16,10 @@ from canonical_tensors import canonical_arrays
 from canonical_tensors import stored_in_memory
 
 from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints import convert
 from keras_gemma.checkpoints import hugging_face
 from keras_gemma.checkpoints import pytorch_pickle
+from keras_gemma.checkpoints.converting import opened
 
 torch = pytest.importorskip("torch")
 
@@ -90,15 +92,18 @@ def test_what_torch_saved_is_read_to_the_bit(tmp_path, shape, dtype):
     assert pytorch_pickle.checkpoint(path).proto() == b"pieces"
 
 
-def test_round_trip_through_another_format(tmp_path, shape):
-    arrays = canonical_arrays(SIZES[shape])
-    table = pytorch_pickle.table_of(SIZES[shape])
-    written = {tensor.name: tensor.read() for tensor in canonical.arranged(table, stored_in_memory(arrays))}
-    expected = _state(SIZES[shape], arrays)
-    del expected["freqs_cis"]
-    assert written.keys() == expected.keys()
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(written[name], tensor.numpy())
+@pytest.mark.parametrize("kind", ["gemma_pytorch", "hugging_face"])
+def test_to_another_format(tmp_path, shape, dtype, kind):
+    arrays, source = canonical_arrays(SIZES[shape], dtype), tmp_path / "source"
+    source.mkdir()
+    if kind == "gemma_pytorch":
+        source = _save(source / "gemma.ckpt", _state(SIZES[shape], arrays))
+    else:
+        torch.save(_hugging_face(source, SIZES[shape], arrays), source / "pytorch_model.bin")
+    assert convert(source, tmp_path / "keras", format="keras", progress=False).format == "pytorch"
+    written = opened(tmp_path / "keras")
+    assert written.format == "keras" and written.sizes == SIZES[shape]
+    assert_same(written.tensors, arrays)
 
 
 def test_logits_of_the_layers_of_torch(tmp_path, shape):
@@ -298,6 +303,10 @@ def test_truncated_and_other_files_are_refused(tmp_path, state):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     _refuses(path, "torch.save")
     torch.save(state, path)
+    _refuses(path, "model_state_dict")
+    torch.save({"model_state_dict": {**state, 7: torch.ones(2)}}, path)
+    _refuses(path, "by name", "7")
+    torch.save({7: state}, path)
     _refuses(path, "model_state_dict")
     torch.save([torch.ones(2)], path)
     _refuses(path, "list")
