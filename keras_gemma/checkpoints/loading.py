@@ -179,7 +179,8 @@ def _task_preprocessor(cls, preset, source, saved, sequence_length):
         return load_preprocessor(cls.preprocessor_cls, preset, **kwargs)
     except Exception as error:
         # Hubs raise errors of their own kinds when they cannot be reached.
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        kinds = {ConnectionError: ConnectionError, PermissionError: PermissionError, OSError: FileNotFoundError}
+        kind = next((kinds[one] for one in kinds if isinstance(error, one)), ValueError)
         raise kind(
             f"The preprocessor of `{preset}` cannot be loaded. {error} "
             f"For a `{cls.__name__}` without text, from token ids to logits, pass `preprocessor=None`."

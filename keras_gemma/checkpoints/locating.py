@@ -6,6 +6,7 @@ import os
 from keras_gemma.checkpoints.keras_hub_private import get_file
 
 HUB_SCHEMES = ("kaggle", "hf", "modelscope", "gs")
+FORBIDDEN = 403
 
 
 def locate(cls, preset, config_only=False):
@@ -49,20 +50,74 @@ def _scheme(preset):
 
 def _file(location, name):
     """Local path of a preset's file, downloaded if need be; a `FileNotFoundError` where the preset has none."""
-    handle, _, revision = location.partition("@")
-    if _scheme(location) != "hf" or not revision:
+    try:
+        return _fetched(location, name)
+    except FileNotFoundError as error:
+        _check_that_hub_knows(location, name, error)
+        raise
+
+
+def _fetched(location, name):
+    handle, revision = _repository(location)
+    if _scheme(location) != "hf" or revision is None:
         return get_file(location, name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return hf_hub_download(handle.removeprefix("hf://"), name, revision=revision)
+        return hf_hub_download(handle, name, revision=revision)
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"`{name}` is not in `{location}`.") from error
 
 
+def _repository(location):
+    """A handle without its scheme, and the revision that it pins, or `None`."""
+    handle, _, revision = location.partition("://")[2].partition("@")
+    return handle, revision or None
+
+
+def _check_that_hub_knows(location, name, error):
+    """Libraries raise the same for a file that is not there, for a hub that is not, and for one that withholds it."""
+    chain = list(_chain(error))
+    if any(getattr(getattr(one, "response", None), "status_code", None) == FORBIDDEN for one in chain):
+        raise PermissionError(f"The hub does not hand out `{name}` of `{location}`. {_one_line(error)}") from error
+    if _scheme(location) == "hf" and not _is_absent_from_hugging_face(location, name, chain):
+        raise ConnectionError(
+            f"The hub did not answer whether `{location}` has the file `{name}`. {_one_line(error)} Try again, or set "
+            "`HF_HUB_OFFLINE=1` to take what was downloaded before for all there is."
+        ) from error
+
+
+def _is_absent_from_hugging_face(location, name, chain):
+    from huggingface_hub import _CACHED_NO_EXIST
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if is_offline_mode() or not any(isinstance(one, LocalEntryNotFoundError) for one in chain):
+        return True
+    handle, revision = _repository(location)
+    # An earlier answer of the hub.
+    return try_to_load_from_cache(handle, name, revision=revision) is _CACHED_NO_EXIST
+
+
+def _chain(error):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
+
+
 def optional_file(location, name):
-    """Local path of a preset's file, downloaded if need be, or `None` where the preset has none."""
+    """Local path of a preset's file, downloaded if need be, or `None` where the preset has none.
+
+    Raises:
+        ConnectionError: where the hub does not say whether the preset has it.
+        PermissionError: where the hub does not hand it out.
+    """
     try:
         return _file(location, name)
     except FileNotFoundError:
@@ -74,6 +129,7 @@ def required_file(location, name):
 
     Raises:
         FileNotFoundError: where the preset has none.
+        ConnectionError, PermissionError: as `optional_file`.
     """
     try:
         return _file(location, name)

@@ -1,5 +1,6 @@
-"""Downloads through the hubs' own libraries from servers on this machine that answer as the hubs do."""
+"""Downloads and uploads through the hubs' own libraries from servers on this machine that answer as the hubs do."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -9,11 +10,22 @@ import subprocess
 import sys
 import threading
 
+import keras_hub
+import numpy as np
 import pytest
 
 from keras_gemma.checkpoints import convert
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
 
 COMMIT = "1" * 40
+# Without the pauses between one attempt to reach a server and the next.
+COMMAND = """
+import sys, time
+from keras_gemma import cli
+time.sleep = lambda seconds: None
+sys.exit(cli.main(sys.argv[1:]))
+"""
 # Where kagglehub looks for the hub in its own tests.
 KAGGLE_PORT = 7777
 SHAPE = pytest.mark.parametrize("shape", ["2b"], indirect=True)
@@ -28,6 +40,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self):
+        if self.server.closes_with and self.path.endswith(self.server.closes_with):
+            self.server.shutdown()
+            self.server.server_close()
+            self.close_connection = True
         self._answer(body=True)
 
     def _send_file(self, name, body, headers):
@@ -72,10 +88,46 @@ class HuggingFace(Server):
         self._send_file(name, body, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
 
 
+class Accepting(HuggingFace):
+    """Also takes what is uploaded, into `server.folder`."""
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        where = self.path.removeprefix("/api/").partition("?")[0]
+        self.server.seen.append(("POST", None, where, None))
+        address = f"http://127.0.0.1:{self.server.server_port}/someone/gemma"
+        answers = {
+            "repos/create": lambda: {"url": address},
+            "validate-yaml": dict,
+            "models/someone/gemma/preupload/main": lambda: self._ways_to_upload(json.loads(content)),
+            "models/someone/gemma/commit/main": lambda: self._commit(content, address),
+        }
+        answer = json.dumps(answers[where]()).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def _ways_to_upload(self, asked):
+        return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked["files"]]}
+
+    def _commit(self, lines, address):
+        for item in map(json.loads, lines.splitlines()):
+            if item["key"] == "file":
+                path = self.server.folder / item["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(item["value"]["content"]))
+        return {"commitUrl": f"{address}/commit/{COMMIT}", "commitOid": COMMIT}
+
+
 class Kaggle(Server):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(("POST", asked.get("versionNumber"), asked.get("path"), None))
+        if asked["path"] == self.server.withheld:
+            self._send(403)
+            return
         found = (self.server.folder / asked["path"]).is_file()
         location = f"http://localhost:{KAGGLE_PORT}/{asked['path']}"
         self._send(*((302,) if found else (404,)), **({"Location": location} if found else {}))
@@ -90,6 +142,7 @@ class Kaggle(Server):
 def served(folder, handler, largest, port=0):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.folder, server.seen, server.broken, server.largest = folder, [], False, largest
+    server.closes_with, server.withheld = None, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -113,12 +166,49 @@ def hugging_face(tmp_path, source):
 
 
 def keras_gemma(tmp_path, *arguments, **environment):
+    return python(tmp_path, COMMAND, *arguments, **environment)
+
+
+def python(tmp_path, code, *arguments, **environment):
     environment = {
         **os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
         "KAGGLEHUB_CACHE": str(tmp_path / "cache"), "KAGGLE_USERNAME": "someone", "KAGGLE_KEY": "key", **environment,
     }  # fmt: skip
-    command = [sys.executable, "-m", "keras_gemma.cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+UPLOAD = """
+import sys, keras_hub
+keras_hub.upload_preset("hf://someone/gemma", sys.argv[1])
+"""
+
+
+@SHAPE
+@pytest.mark.parametrize("made_by", ["save_to_preset", "convert"])
+def test_keras_hub_uploads_what_is_saved(tmp_path, shape, make_preprocessor, logits, made_by):
+    model, folder = GemmaCausalLM(GemmaBackbone(**shape), make_preprocessor()), tmp_path / "saved"
+    model.save_to_preset(folder)
+    if made_by == "convert":
+        convert(folder, tmp_path / "files", format="hugging_face", progress=False)
+        convert(tmp_path / "files", folder := tmp_path / "converted", format="keras", progress=False)
+    (tmp_path / "arrived").mkdir()
+    with served(tmp_path / "arrived", Accepting, None) as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        done = python(tmp_path, UPLOAD, str(folder), HF_ENDPOINT=endpoint, HF_TOKEN="token")
+    assert done.returncode == 0, done.stderr
+    # With a card that keras-hub writes.
+    assert names_in(tmp_path / "arrived") == {*names_in(folder), "README.md"}
+    for load in (GemmaCausalLM.from_preset, keras_hub.models.GemmaCausalLM.from_preset):
+        arrived = load(str(tmp_path / "arrived"))
+        np.testing.assert_allclose(logits(arrived), logits(model), atol=1e-5)
+        text = "as it is, 12\n"
+        assert list(arrived.preprocessor.tokenizer(text)) == list(model.preprocessor.tokenizer(text))
+
+
+def names_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def begins(server, name):
@@ -160,3 +250,30 @@ def test_a_version_of_kaggle_comes_down_though_the_first_answer_breaks_off(sourc
     assert {version for command, version, _, _ in server.seen if command == "POST"} == {3}
     # kagglehub takes a single file in one answer, and from its beginning when that broke off.
     assert begins(server, "model.weights.h5") == [None, None]
+
+
+@SHAPE
+def test_a_hub_that_goes_away_is_not_one_without_a_tokenizer(source, tmp_path):
+    convert(source, tmp_path / "files", format="hugging_face", progress=False)
+    arguments = ("convert", "hf://someone/gemma", str(tmp_path / "target"), "--to", "keras")
+    with served(tmp_path / "files", HuggingFace, None) as server:
+        server.closes_with, endpoint = "model.safetensors", f"http://127.0.0.1:{server.server_port}"
+        done = keras_gemma(tmp_path, *arguments, HF_ENDPOINT=endpoint)
+    assert done.returncode == 1
+    assert "did not answer" in done.stderr and "tokenizer.model" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "target").exists()
+    # What was downloaded before is all there is, if one says so.
+    done = keras_gemma(tmp_path, *arguments, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "target/assets").exists()
+
+
+@SHAPE
+def test_what_kaggle_withholds_is_not_missing(source, tmp_path):
+    with served(source, Kaggle, None, KAGGLE_PORT) as server:
+        server.withheld = "assets/tokenizer/vocabulary.spm"
+        arguments = ("convert", "kaggle://someone/gemma/keras/small/3", str(tmp_path / "m.gguf"))
+        done = keras_gemma(tmp_path, *arguments, KAGGLE_API_ENVIRONMENT="TEST")
+    assert done.returncode == 1
+    assert "does not hand out" in done.stderr and "vocabulary.spm" in done.stderr
+    assert not (tmp_path / "m.gguf").exists()

@@ -121,10 +121,3 @@ def test_piece_by_piece(make_model, tmp_path):
     assert GemmaCausalLM.from_preset(tmp_path).preprocessor.sequence_length == 11
     model.preprocessor.tokenizer.save_to_preset(tmp_path)
     assert _files(tmp_path) == WHOLE
-
-
-def test_keras_hub_uploads_what_is_saved(make_model, tmp_path):
-    make_model(1).save_to_preset(tmp_path)
-    # The folder is checked before the address.
-    with pytest.raises(ValueError, match="Unknown URI"):
-        keras_hub.upload_preset("nowhere://name", str(tmp_path))
