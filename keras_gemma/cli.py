@@ -243,7 +243,10 @@ examples:
     parser.add_argument("--to", metavar="FORMAT", help="of the target, where .gguf or .weights.h5 do not say it")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; for GGUF q8_0 too (default: as it is)")
     parser.add_argument(
-        "--max-shard-size", type=_positive_float, default=10, metavar="GB", help="of a file (default: %(default)s)"
+        "--max-shard-size",
+        type=_positive_float,
+        metavar="GB",
+        help="of a file of keras and hugging_face (default: 10)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model, where the source has none")
 
@@ -495,7 +498,17 @@ def convert(args):
 
     options = {"format": args.to, "dtype": args.dtype, "tokenizer": args.tokenizer}
     found = convert(args.source, args.target, max_shard_size=args.max_shard_size, **options)
-    print(f"{args.target}: from {found.format}, {len(found.tensors)} tensors")
+    print(f"{args.target}: from {found.format}, {len(found.tensors)} tensors{_said_of_tokenizer(args, found)}")
+
+
+def _said_of_tokenizer(args, found):
+    from keras_gemma.checkpoints import gguf_file
+    from keras_gemma.checkpoints import keras_weights
+
+    if args.tokenizer or keras_weights.is_here(args.target) or found.proto() is not None:
+        return ""
+    is_gguf = gguf_file.is_here(args.target)
+    return ", no tokenizer" + (": llama.cpp does not load it" if is_gguf else "")
 
 
 def inspect(args):

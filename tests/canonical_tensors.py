@@ -4,12 +4,16 @@ B batch, T length, D width, N query heads, K key-value heads, H head dim, F feed
 """
 
 import functools
+import json
+import math
+import struct
 
 import keras
 import ml_dtypes
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints import hugging_face
 from keras_gemma.checkpoints.filling import without_values
 from keras_gemma.checkpoints.keras_preset import fill_from
 from keras_gemma.checkpoints.tensor_files import StoredTensor
@@ -28,6 +32,21 @@ def canonical_arrays(sizes, dtype=np.float32):
     random = np.random.default_rng(7)
     shapes = canonical.shapes(sizes)
     return {name: (0.3 * random.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def zeros(folder, sizes):
+    """A Hugging Face folder of zeros, which take no room on the disk."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hugging_face.config_of(sizes, "bfloat16")))
+    header, end = {}, 0
+    for entry in hugging_face.table_of(sizes):
+        begin, end = end, end + 2 * math.prod(entry.shape)
+        header[entry.name] = {"dtype": "BF16", "shape": entry.shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return end
 
 
 def stored_in_memory(arrays):

@@ -145,7 +145,9 @@ class Checkpoint:
             check_floating(source)
             for place, part in enumerate(entry.parts):
                 read = functools.partial(_part, taker(entry, place), source)
-                tensors[part] = StoredTensor(source.file, entry.name, of_parts[part], source.dtype, read)
+                tensors[part] = StoredTensor(
+                    source.file, entry.name, of_parts[part], source.dtype, read, source.kept_as
+                )
         return tensors
 
     def check_copies(self):

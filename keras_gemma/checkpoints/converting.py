@@ -5,7 +5,6 @@
 Nothing takes the target's name before all of it is written.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -23,6 +22,8 @@ from keras_gemma.checkpoints import keras_weights
 from keras_gemma.checkpoints import pytorch_pickle
 from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.loading import open_preset
+from keras_gemma.checkpoints.staging import staged
+from keras_gemma.checkpoints.tensor_files import check_shard_size
 
 # Those that are known by their files, before folders with a `config.json`, which say themselves what they are.
 BY_FILES = (gguf_file, keras_weights, pytorch_pickle, flax_orbax)
@@ -43,8 +44,9 @@ def opened(source):
         A `canonical.Checkpoint`.
 
     Raises:
-        ValueError: for a format or an architecture that is unknown, and damaged files.
-        FileNotFoundError: for what is not there.
+        ValueError: for a path that is not there, a format or an architecture that is unknown, and damaged files.
+        FileNotFoundError: for a file that a folder or a hub lacks.
+        ConnectionError: for a hub that does not answer.
     """
     # Not above: the models import this package.
     from keras_gemma.models import GemmaBackbone
@@ -58,7 +60,7 @@ def opened(source):
     return open_preset(GemmaBackbone, path).checkpoint()
 
 
-def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenizer=None, progress=True):
+def convert(source, target, format=None, dtype=None, max_shard_size=None, tokenizer=None, progress=True):
     """Writes a model in another format.
 
     Tensors are read, rearranged and written one at a time: memory holds the largest about twice. Numbers keep their
@@ -71,9 +73,10 @@ def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenize
         target: path that does not exist yet.
         format: one of `WRITABLE`. Left out for a target that ends with `.gguf` or `.weights.h5`.
         dtype: optional, one of `DTYPES` to cast to; for GGUF also `"q8_0"`.
-        max_shard_size: int or float. Gigabytes (2³⁰ bytes) above which the formats in `SHARDED` split the weights into
-            several files; `None` never splits.
-        tokenizer: optional path of a SentencePiece model, for a source that has none.
+        max_shard_size: optional int or float, for the formats in `SHARDED`. Gigabytes (2³⁰ bytes) above which the
+            weights are split into several files; 10 unless told, `math.inf` never splits.
+        tokenizer: optional path of a SentencePiece model, for a source that has none; not for the format
+            `"keras_weights"`, which keeps none.
         progress: bool. Whether to show a bar where somebody looks.
 
     Returns:
@@ -81,7 +84,9 @@ def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenize
 
     Raises:
         ValueError: for what cannot be converted, naming the tensor. Nothing is there under the target's name then.
+        FileNotFoundError, ConnectionError: as `opened`.
         FileExistsError: for a target that exists.
+        OSError: for a disk without room.
 
     Example:
 
@@ -93,7 +98,7 @@ def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenize
     ('keras', True)
     """
     name = format or _format_of(target)
-    _check_target(target, name, dtype)
+    _check_target(target, name, dtype, max_shard_size, tokenizer)
     checkpoint = opened(source)
     _check_room(target, checkpoint, dtype)
     proto = checkpoint.proto() if tokenizer is None else pathlib.Path(tokenizer).read_bytes()
@@ -101,12 +106,12 @@ def convert(source, target, format=None, dtype=None, max_shard_size=10, tokenize
     sizes, tensors = canonical.without_padding(checkpoint.sizes, checkpoint.tensors, pieces)
     if dtype is None and checkpoint.format == gguf_file.FORMAT != name:
         dtype = str(np.result_type(*(tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1)))
-    options = {"max_shard_size": max_shard_size} if name in SHARDED else {}
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     total = sum(tensor.bytes for tensor in tensors.values())
-    with _staged(target) as staging, _bar(total, progress) as bar:
+    with staged(target) as staging, _bar(total, progress) as bar:
         checkpoint.check_copies()
         watched = {part: _watched(tensor, bar) for part, tensor in tensors.items()}
-        WRITABLE[name].write(staging, sizes, watched, proto, dtype, **options)
+        WRITABLE[name].write(str(staging), sizes, watched, proto, dtype, **options)
     return checkpoint
 
 
@@ -115,15 +120,24 @@ def _format_of(target):
     for suffix, name in suffixes.items():
         if os.fspath(target).endswith(suffix):
             return name
-    raise ValueError(f"The format of {target!r} is one of {', '.join(WRITABLE)}. Received: none")
+    raise ValueError(
+        f"A path that ends with {' or '.join(suffixes)} says its format. For another pass `format=` (`--to`), one of "
+        f"{', '.join(WRITABLE)}. Received: none for {os.fspath(target)!r}"
+    )
 
 
-def _check_target(target, name, dtype):
+def _check_target(target, name, dtype, max_shard_size, tokenizer):
     if name not in WRITABLE:
         raise ValueError(f"Checkpoints are written in the formats {', '.join(WRITABLE)}. Received: {name!r}")
     dtypes = DTYPES_OF_GGUF if name == gguf_file.FORMAT else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"Numbers of the format {name!r} are {', '.join(dtypes)}. Received: {dtype!r}")
+    if max_shard_size is not None:
+        if name not in SHARDED:
+            raise ValueError(f"`max_shard_size` is for the formats {', '.join(SHARDED)}. Received: it for {name!r}")
+        check_shard_size(max_shard_size)
+    if tokenizer is not None and name == keras_weights.FORMAT:
+        raise ValueError(f"`tokenizer` is for formats that keep one. Received: it for {name!r}")
     if os.path.lexists(target):
         raise FileExistsError(f"A checkpoint is written to a path that is free. Received: {os.fspath(target)!r}")
 
@@ -154,17 +168,3 @@ def _watched(tensor, bar):
 def _bar(total, progress):
     # `None`: where nobody looks, there is none.
     return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True)
-
-
-@contextlib.contextmanager
-def _staged(target):
-    """A temporary path beside the target, which gets its name at the end."""
-    target = pathlib.Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".unfinished-{os.getpid()}-{target.name}")
-    try:
-        yield str(staging)
-        os.rename(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True) if staging.is_dir() else staging.unlink(missing_ok=True)
-        raise

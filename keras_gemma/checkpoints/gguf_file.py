@@ -159,7 +159,8 @@ def _stored(path, tensor):
             f"Received: {kind.name} for `{tensor.name}` in `{path}`"
         )
     read = functools.partial(_read, path, int(tensor.data_offset), int(tensor.n_bytes), kind, shape)
-    return StoredTensor(path, tensor.name, shape, np.dtype(READ_AS[kind.name]), read)
+    kept_as = None if kind.name in PLAIN else kind.name
+    return StoredTensor(path, tensor.name, shape, np.dtype(READ_AS[kind.name]), read, kept_as)
 
 
 def _read(path, offset, length, kind, shape):

@@ -4,18 +4,17 @@ Kernels are kept as `torch.nn.Linear` keeps them, outputs first, with heads and 
 """
 
 import json
-import os
 import pathlib
 
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints.keras_preset import fill_from
 from keras_gemma.checkpoints.locating import optional_file
-from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
-from keras_gemma.checkpoints.tensor_files import in_shards
+from keras_gemma.checkpoints.locating import shards_of
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
+from keras_gemma.checkpoints.tensor_files import write_shards
 from keras_gemma.checkpoints.tokenizer_files import TOKENIZER_FILE
 from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
 from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
@@ -67,12 +66,15 @@ class HuggingFacePreset:
         return {**self.sizes._asdict(), "dropout": self.config.get("attention_dropout", 0.0), "dtype": None}
 
     def task_config(self, cls):
+        """`None`: the format has no settings of a task."""
         return None
 
     def preprocessor_config(self, cls, config_file):
+        """`None`: the format has no settings of a preprocessor."""
         return None
 
     def tokenizer_config(self, config_file):
+        """No constructor arguments: the vocabulary says all."""
         return {}
 
     def vocabulary(self, config_file):
@@ -116,11 +118,7 @@ class HuggingFacePreset:
         if index is None:
             path = required_file(self.location, single_file)
             return path, [path]
-        shards = set(read_json(index)["weight_map"].values())
-        for shard in shards:
-            if os.path.basename(shard) != shard:
-                raise ValueError(f"`{index}` names `{shard}`, which is not a file of the preset itself.")
-        return index, [required_file(self.location, shard) for shard in sorted(shards)]
+        return index, [required_file(self.location, shard) for shard in shards_of(index)]
 
 
 def _check_architecture(location, config):
@@ -187,6 +185,9 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
         dtype: optional, one of float32, float16 and bfloat16 to cast to.
         max_shard_size: int or float. Gigabytes (2³⁰ bytes) above which the weights are split into several files; `None`
             never splits.
+
+    Raises:
+        ValueError: as `canonical.arranged`, and for a tensor that is larger than a file may be.
     """
     arranged = canonical.arranged(table_of(sizes), tensors, dtype)
     files = {
@@ -198,16 +199,8 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    shards = in_shards(arranged, max_shard_size)
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE_FILE, arranged)
-        return
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        write_safetensors(folder / name, shard)
-    places = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in arranged)}, "weight_map": places}
-    (folder / INDEX_FILE).write_bytes(_json(index))
+    names = (SINGLE_FILE, "model-{number:05}-of-{count:05}.safetensors", INDEX_FILE)
+    write_shards(folder, arranged, max_shard_size, names, write_safetensors)
 
 
 GENERATION_CONFIG = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}

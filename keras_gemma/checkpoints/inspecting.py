@@ -40,7 +40,8 @@ class Inspection:
         format: string.
         sizes: `canonical.Sizes`.
         embedding_parameters, other_parameters: ints, counted apart as in the report's Table 2.
-        dtypes: dict of ints, how many tensors are of each dtype.
+        dtypes: dict of ints, how many tensors are of each dtype, or of each type that a quantised file has.
+        tensors: dict of `{"shape", "dtype"}` by the names of `canonical`.
         pieces: int, of the tokenizer; `None` without one.
         numbers: dict of `Numbers` by the names of `canonical`; empty where nobody looked.
         doubts: list of strings, what does not look sane.
@@ -52,6 +53,7 @@ class Inspection:
     embedding_parameters: int
     other_parameters: int
     dtypes: dict
+    tensors: dict
     pieces: int | None
     numbers: dict
     doubts: list
@@ -62,6 +64,7 @@ class Inspection:
         return RELEASED.get((self.sizes.num_layers, self.sizes.hidden_dim))
 
     def to_json(self):
+        """All of it as the text of a JSON object."""
         return json.dumps({**dataclasses.asdict(self), "sizes": self.sizes._asdict(), "name": self.name}, indent=2)
 
     def __str__(self):
@@ -100,7 +103,8 @@ def inspect(path, numbers=True):
         sizes=checkpoint.sizes,
         embedding_parameters=parameters["embedding"],
         other_parameters=sum(parameters.values()) - parameters["embedding"],
-        dtypes=dict(collections.Counter(str(np.dtype(tensor.dtype)) for tensor in tensors.values())),
+        dtypes=dict(collections.Counter(tensor.kept_as for tensor in tensors.values())),
+        tensors={name: {"shape": list(one.shape), "dtype": one.kept_as} for name, one in tensors.items()},
         pieces=pieces,
         numbers=seen,
         doubts=[
@@ -164,22 +168,30 @@ def _lines(found):
     yield f"  parameters {total:,}: embedding {found.embedding_parameters:,}, others {found.other_parameters:,}"
     yield "  dtypes " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
     yield f"  tokenizer {f'of {found.pieces:,} pieces' if found.pieces else 'none'}, {sizes.vocabulary_size:,} rows"
-    for kind, (mean, deviation, largest) in _by_kind(found.numbers).items():
-        yield f"  {kind:16} mean {mean:9.2e}  deviation {deviation:9.2e}  largest {largest:9.2e}"
+    for kind, names in _by_kind(found.tensors).items():
+        yield f"  {kind:16} {_described(found.tensors, names)}{_summary(found.numbers, names)}"
     if found.numbers or found.doubts:
         yield "  doubts: " + ("; ".join(found.doubts) if found.doubts else "none")
 
 
-def _by_kind(numbers):
-    """Averages over the layers, and the largest of all."""
+def _by_kind(tensors):
     kinds = collections.defaultdict(list)
-    for name, of_tensor in numbers.items():
-        kinds[name.rpartition(".")[2]].append(of_tensor)
-    return {
-        kind: (
-            float(np.mean([one.mean for one in of_kind])),
-            float(np.mean([one.deviation for one in of_kind])),
-            max(one.largest for one in of_kind),
-        )
-        for kind, of_kind in kinds.items()
-    }
+    for name in tensors:
+        kinds[name.rpartition(".")[2]].append(name)
+    return kinds
+
+
+def _described(tensors, names):
+    shape = " × ".join(map(str, tensors[names[0]]["shape"]))
+    dtypes = dict.fromkeys(tensors[name]["dtype"] for name in names)
+    return f"{shape:18} {'/'.join(dtypes):9}"
+
+
+def _summary(numbers, names):
+    """Averages over the layers, and the largest of all; nothing where nobody looked."""
+    seen = [numbers[name] for name in names if name in numbers]
+    if not seen:
+        return ""
+    mean, deviation = np.mean([[one.mean, one.deviation] for one in seen], axis=0)
+    largest = max(one.largest for one in seen)
+    return f" mean {mean:9.2e}  deviation {deviation:9.2e}  largest {largest:9.2e}"

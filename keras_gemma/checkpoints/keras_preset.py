@@ -3,7 +3,6 @@
 keras-hub writes it, under the names `keras_hub>…` and in its first years `keras_nlp>…`, and so does keras_gemma.
 """
 
-import json
 import os
 import pathlib
 
@@ -17,11 +16,12 @@ from keras_gemma.checkpoints.filling import without_values
 from keras_gemma.checkpoints.locating import optional_file
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
+from keras_gemma.checkpoints.locating import shards_of
 from keras_gemma.checkpoints.saving import write_settings
 from keras_gemma.checkpoints.tensor_files import h5_tensors
-from keras_gemma.checkpoints.tensor_files import in_shards
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_h5
+from keras_gemma.checkpoints.tensor_files import write_shards
 
 PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
@@ -147,7 +147,7 @@ class KerasPreset:
                 f"The preset `{self.location}` lacks the file `{single}`, and of a sharded one "
                 f"`{hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE}`. For a model without its weights pass `load_weights=False`."
             )
-        return index, [required_file(self.location, shard) for shard in _shards(index)]
+        return index, [required_file(self.location, shard) for shard in shards_of(index)]
 
 
 def _check_settings(location, config):
@@ -160,19 +160,6 @@ def _check_settings(location, config):
     needed = set(canonical.Sizes._fields) - set(canonical.Sizes._field_defaults)
     if missing := sorted(needed - set(config)):
         raise ValueError(f"`config.json` of `{location}` lacks {canonical.listed(missing)}.")
-
-
-def _shards(index):
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"`{index}` must hold a `weight_map` from tensor to file.")
-    names = set()
-    for shards in weight_map.values():
-        names.update([shards] if isinstance(shards, str) else shards)
-    for name in names:
-        if os.path.basename(name) != name:
-            raise ValueError(f"`{index}` names `{name}`, which is not a file of the preset itself.")
-    return sorted(names)
 
 
 def variables_by_name(backbone):
@@ -207,6 +194,7 @@ def layers_by_path(backbone):
 
 
 def block_path(index):
+    """Path of a block's layers in the file."""
     return f"layers/gemma_decoder_block_{index}" if index else "layers/gemma_decoder_block"
 
 
@@ -228,21 +216,15 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
         proto: bytes of the SentencePiece model, or `None`.
         dtype: optional, one of float32, float16 and bfloat16 to cast to.
         max_shard_size: int or float, as of `save_task`.
+
+    Raises:
+        ValueError: as `canonical.arranged`, and for a tensor that is larger than a file may be.
     """
     arranged = canonical.arranged(table_of(sizes), tensors, dtype)
     os.makedirs(target)
     write_settings(_task_without_values(sizes, proto, str(arranged[0].dtype)), target)
-    shards = in_shards(arranged, max_shard_size)
-    if len(shards) == 1:
-        write_h5(os.path.join(target, hub.MODEL_WEIGHTS_FILE), arranged)
-        return
-    names = [f"model_{number:05}.weights.h5" for number in range(len(shards))]
-    for name, shard in zip(names, shards):
-        write_h5(os.path.join(target, name), shard)
-    places = {f"/{os.path.dirname(tensor.name)}": name for name, shard in zip(names, shards) for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in arranged)}, "weight_map": places}
-    with open(os.path.join(target, hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE), "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=4)
+    names = (hub.MODEL_WEIGHTS_FILE, "model_{index:05}.weights.h5", hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE)
+    write_shards(target, arranged, max_shard_size, names, write_h5, lambda name: f"/{os.path.dirname(name)}")
 
 
 def _task_without_values(sizes, proto, dtype):

@@ -151,3 +151,27 @@ def read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` must hold a JSON object. Received: {type(content).__name__}")
     return content
+
+
+def shards_of(index):
+    """Names of the files that an index of weights names.
+
+    Args:
+        index: path of a JSON file with a `weight_map` from tensor to file, or to a list of files.
+
+    Returns:
+        A sorted list of strings.
+
+    Raises:
+        ValueError: for an index without that, and for a file that is not of the preset itself.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"`{index}` must hold a `weight_map` from tensor to file.")
+    names = set()
+    for shards in weight_map.values():
+        for name in shards if isinstance(shards, list) else [shards]:
+            if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+                raise ValueError(f"`{index}` names `{name}`, which is not a file of the preset itself.")
+            names.add(name)
+    return sorted(names)

@@ -8,7 +8,6 @@ side can be several on the other; what is added to the weights is the same.
 """
 
 import json
-import os
 import pathlib
 import re
 
@@ -21,6 +20,7 @@ from keras_gemma.checkpoints.keras_preset import BLOCK_LAYERS
 from keras_gemma.checkpoints.keras_preset import block_path
 from keras_gemma.checkpoints.keras_preset import layers_by_path
 from keras_gemma.checkpoints.locating import read_json
+from keras_gemma.checkpoints.staging import staged
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
@@ -70,14 +70,13 @@ def save_adapters(backbone, folder, base_model=None):
         name = f"base_model.model.model.layers.{index}.{module}"
         arrays |= {f"{name}.lora_A.weight": inner, f"{name}.lora_B.weight": outer}
         settings[module.rpartition(".")[2]] = len(inner), len(inner) * layer.lora_alpha / layer.lora_rank
-    unfinished = folder.with_name(f".unfinished-{os.getpid()}-{folder.name}")
-    unfinished.mkdir(parents=True)
-    write_safetensors(
-        unfinished / WEIGHTS_FILE,
-        [StoredTensor("", name, array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()],
-    )
-    (unfinished / CONFIG_FILE).write_text(json.dumps(_config(settings, base_model), indent=2))
-    unfinished.rename(folder)
+    tensors = [
+        StoredTensor("", name, array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()
+    ]
+    with staged(folder) as unfinished:
+        unfinished.mkdir()
+        write_safetensors(unfinished / WEIGHTS_FILE, tensors)
+        (unfinished / CONFIG_FILE).write_text(json.dumps(_config(settings, base_model), indent=2))
 
 
 def _config(settings, base_model):

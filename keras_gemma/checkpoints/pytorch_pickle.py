@@ -198,7 +198,7 @@ def _scaled(weight, scaler):
         scaled *= scaler.read().astype(np.float32)[:, None]
         return scaled
 
-    return StoredTensor(weight.file, weight.name, weight.shape, np.dtype(np.float32), read)
+    return StoredTensor(weight.file, weight.name, weight.shape, np.dtype(np.float32), read, "int8")
 
 
 # === Tensors of a pickle ===

@@ -15,6 +15,7 @@ import numpy as np
 from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import BYTES_OF_GB
+from keras_gemma.checkpoints.tensor_files import check_shard_size
 
 STAGING_PREFIX = ".saving-"
 FORMER_CONFIG = "former_config.json"
@@ -123,12 +124,7 @@ def _check_backbone(backbone, max_shard_size):
     for variable in backbone.variables:
         if variable._value is None:
             raise ValueError(f"A model is saved when every variable has a value. Received: none in `{variable.path}`")
-    largest = max(backbone.variables, key=_bytes)
-    if _needs_shards(backbone, max_shard_size) and _bytes(largest) > max_shard_size * BYTES_OF_GB:
-        raise ValueError(
-            "`max_shard_size` must hold the largest tensor. "
-            f"Received: max_shard_size={max_shard_size} for `{largest.path}` of {_bytes(largest) / BYTES_OF_GB:.3g} GB"
-        )
+    check_shard_size(max_shard_size, {variable.path: _bytes(variable) for variable in backbone.variables})
 
 
 def _check_tokenizer(tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import os
 import struct
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class StoredTensor:
         shape: tuple of ints.
         dtype: a NumPy dtype; bfloat16 is that of `ml_dtypes`.
         read: callable without arguments that reads the array.
+        kept_as: string, what the numbers are in the file; another than `dtype` where they are quantised.
     """
 
     file: str
@@ -37,9 +39,15 @@ class StoredTensor:
     shape: tuple
     dtype: np.dtype
     read: Callable
+    kept_as: str | None = None
+
+    def __post_init__(self):
+        if self.kept_as is None:
+            object.__setattr__(self, "kept_as", str(np.dtype(self.dtype)))
 
     @property
     def bytes(self):
+        """How many bytes the array has in memory."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -141,12 +149,16 @@ def _safetensors_header(path):
             (length,) = struct.unpack("<Q", file.read(8))
             if length > os.path.getsize(path):
                 raise ValueError(f"a header of {length} bytes is announced")
-            return json.loads(file.read(length)), 8 + length
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is a {type(header).__name__}, no object")
+            return header, 8 + length
         except (struct.error, ValueError) as error:
             raise ValueError(f"`{path}` is truncated or no safetensors file: {error}") from error
 
 
 def _safetensors_tensor(path, name, entry, data_start, data_length):
+    _check_entry(path, name, entry)
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(
             f"Weights must have a floating dtype, one of {', '.join(SAFETENSORS_DTYPES)}. "
@@ -154,11 +166,26 @@ def _safetensors_tensor(path, name, entry, data_start, data_length):
         )
     dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end:
+        raise ValueError(f"`{path}` keeps `{name}` from byte {begin} to {end}, which cannot be.")
     if end > data_length:
         raise ValueError(f"`{path}` is truncated: `{name}` ends at byte {end} of {data_length}.")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"`{path}` keeps {end - begin} bytes for `{name}` of shape {shape} and dtype {dtype}.")
     return StoredTensor(path, name, shape, dtype, lambda: _read_safetensors(path, data_start + begin, shape, dtype))
+
+
+def _check_entry(path, name, entry):
+    try:
+        described = isinstance(entry["dtype"], str) and len(entry["data_offsets"]) == 2
+        described &= all(type(number) is int and number >= 0 for number in entry["shape"])
+        described &= all(type(number) is int for number in entry["data_offsets"])
+    except (KeyError, TypeError):
+        described = False
+    if not described:
+        raise ValueError(
+            f"`{path}` is damaged: a tensor has `dtype`, `shape` and two `data_offsets`. Received: {entry} for `{name}`"
+        )
 
 
 def _read_safetensors(path, offset, shape, dtype):
@@ -193,16 +220,44 @@ def write_safetensors(path, tensors):
 # === Several files ===
 
 
+def check_shard_size(max_shard_size, bytes_by_name=None):
+    """That weights can be split into files of a size.
+
+    Args:
+        max_shard_size: int or float, gigabytes (2³⁰ bytes), or `None` for one file.
+        bytes_by_name: optional dict of the bytes of each tensor.
+
+    Raises:
+        ValueError: for what is no positive number, and for a tensor that is larger where there are several files.
+    """
+    if max_shard_size is None:
+        return
+    is_number = isinstance(max_shard_size, numbers.Real) and not isinstance(max_shard_size, bool)
+    if not is_number or not max_shard_size > 0:
+        raise ValueError(f"`max_shard_size` is a positive number of gigabytes. Received: {max_shard_size!r}")
+    most = max_shard_size * BYTES_OF_GB
+    largest = max(bytes_by_name or {}, key=(bytes_by_name or {}).get, default=None)
+    if largest is not None and sum(bytes_by_name.values()) > most and bytes_by_name[largest] > most:
+        raise ValueError(
+            "`max_shard_size` must hold the largest tensor. Received: "
+            f"max_shard_size={max_shard_size} for `{largest}` of {bytes_by_name[largest] / BYTES_OF_GB:.3g} GB"
+        )
+
+
 def in_shards(tensors, max_shard_size):
     """The tensors of each file of a model.
 
     Args:
         tensors: list of `StoredTensor`.
-        max_shard_size: float, gigabytes (2³⁰ bytes), or `None` for one file.
+        max_shard_size: int or float, gigabytes (2³⁰ bytes), or `None` for one file.
 
     Returns:
-        A list of lists; each but that of a single tensor is no larger than a shard may be.
+        A list of lists, each no larger than a shard may be.
+
+    Raises:
+        ValueError: as `check_shard_size`.
     """
+    check_shard_size(max_shard_size, {tensor.name: tensor.bytes for tensor in tensors})
     shards, size = [[]], 0
     for tensor in tensors:
         size += tensor.bytes
@@ -211,3 +266,33 @@ def in_shards(tensors, max_shard_size):
             size = tensor.bytes
         shards[-1].append(tensor)
     return shards
+
+
+def write_shards(folder, tensors, max_shard_size, names, write, key=lambda name: name):
+    """Writes the weights of a model into one file, or into several and an index of them.
+
+    Args:
+        folder: path of an existing folder.
+        tensors: list of `StoredTensor`.
+        max_shard_size: as of `in_shards`.
+        names: of a single file, of one among several with `{index}` from 0, `{number}` from 1 and `{count}`, and of the
+            index.
+        write: `write_h5` or `write_safetensors`.
+        key: callable from the name of a tensor to what the index has in its place.
+
+    Raises:
+        ValueError: as `check_shard_size`, before anything is written.
+    """
+    single, one_of_several, index_file = names
+    shards = in_shards(tensors, max_shard_size)
+    if len(shards) == 1:
+        write(os.path.join(folder, single), tensors)
+        return
+    places = {}
+    for index, shard in enumerate(shards):
+        name = one_of_several.format(index=index, number=index + 1, count=len(shards))
+        write(os.path.join(folder, name), shard)
+        places |= {key(tensor.name): name for tensor in shard}
+    content = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": places}
+    with open(os.path.join(folder, index_file), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)

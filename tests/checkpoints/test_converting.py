@@ -1,15 +1,20 @@
 """Models in one format and in another: the same to the bit, refused whole or written whole."""
 
+import io
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import h5py
 import keras_hub
 import ml_dtypes
 import numpy as np
 import pytest
+from canonical_tensors import zeros
 
 from keras_gemma import cli
 from keras_gemma.checkpoints import canonical
@@ -92,7 +97,7 @@ def test_gguf_there_and_back(source, tmp_path):
 def test_keras_hub_and_this_package_load_what_was_written(source, tmp_path, logits):
     expected = logits(GemmaCausalLM.from_preset(source))
     convert_quietly(source, tmp_path / "hf", format="hugging_face")
-    convert_quietly(tmp_path / "hf", tmp_path / "back", format="keras", max_shard_size=2e-5)
+    convert_quietly(tmp_path / "hf", tmp_path / "back", format="keras", max_shard_size=8e-5)
     assert len(list((tmp_path / "back").glob("model_*.weights.h5"))) > 1
     for path in (tmp_path / "hf", tmp_path / "back"):
         np.testing.assert_array_equal(logits(GemmaCausalLM.from_preset(path)), expected)
@@ -109,7 +114,7 @@ def test_keras_hub_and_this_package_load_what_was_written(source, tmp_path, logi
 def test_transformers_loads_what_was_written(source, tmp_path, logits):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    convert_quietly(source, tmp_path / "hf", format="hugging_face", max_shard_size=2e-5)
+    convert_quietly(source, tmp_path / "hf", format="hugging_face", max_shard_size=8e-5)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 1
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
@@ -148,22 +153,64 @@ def test_other_dtypes(source, tmp_path):
 
 
 def refuse(source, target, *parts, error=ValueError, **options):
-    before = sorted(os.listdir(target.parent))
+    there = next(parent for parent in target.parents if parent.exists())
+    before = sorted(there.rglob("*"))
     with pytest.raises(error) as raised:
         convert_quietly(source, target, **options)
     for part in parts:
         assert part in str(raised.value)
-    assert sorted(os.listdir(target.parent)) == before
+    assert sorted(there.rglob("*")) == before
 
 
 @ONE_SHAPE
 def test_wrong_arguments_are_refused_before_anything_is_read(source, tmp_path):
     free = tmp_path / "free"
     refuse(source, free, "hugging_face", "gguf", format="onnx")
-    refuse(source, free, "hugging_face")
+    refuse(source, free, "hugging_face", "`format=` (`--to`)", str(free))
+    for name in ("gguf", "flax", "keras_weights"):
+        refuse(source, free, "max_shard_size", name, "hugging_face", format=name, max_shard_size=5)
+    refuse(source, free, "tokenizer", "keras_weights", format="keras_weights", tokenizer=source / "config.json")
+    for size in ("5GB", 0, True, float("nan")):
+        refuse(source, free, "max_shard_size", repr(size), format="keras", max_shard_size=size)
+    refuse(source, free, "max_shard_size", "layers/reversible_embedding", format="keras", max_shard_size=4e-5)
+    refuse(source, free, "max_shard_size", "model.embed_tokens", format="hugging_face", max_shard_size=4e-5)
     refuse(source, free, "bfloat16", "int8", format="keras", dtype="int8")
     refuse(source, source, str(source), error=FileExistsError, format="keras")
     refuse(tmp_path / "nothing", free, "nothing", format="keras")
+
+
+@ONE_SHAPE
+def test_without_room_nothing_is_begun(source, tmp_path, monkeypatch):
+    room = 0.75 * sum(array.nbytes for array in arrays(source).values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=room))
+    refuse(source, tmp_path / "new" / "hf", "GiB", str(tmp_path), error=OSError, format="hugging_face")
+    convert_quietly(source, tmp_path / "new" / "half", format="hugging_face", dtype="bfloat16")
+
+
+@ONE_SHAPE
+def test_folders_made_for_a_refused_target_are_gone(source, tmp_path):
+    with h5py.File(source / "model.weights.h5", "a") as file:
+        file[QUERY][1, 2, 3] = np.nan
+    (tmp_path / "there").mkdir()
+    refuse(source, tmp_path / "there" / "new" / "newer" / "hf", QUERY, format="hugging_face")
+    assert not os.listdir(tmp_path / "there")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@ONE_SHAPE
+def test_a_bar_shows_how_far_a_conversion_is(source, tmp_path, monkeypatch):
+    expected = sum(array.nbytes for array in arrays(source).values()) / 1024
+    for screen, name, progress in ((Terminal(), "a", True), (Terminal(), "b", False), (io.StringIO(), "c", True)):
+        monkeypatch.setattr(sys, "stderr", screen)
+        convert(source, tmp_path / name, format="hugging_face", progress=progress)
+        if name == "a":
+            assert "100%" in screen.getvalue() and f"{expected:.0f}k/{expected:.0f}k" in screen.getvalue()
+        else:
+            assert not screen.getvalue()
 
 
 @ONE_SHAPE
@@ -393,8 +440,12 @@ def test_a_killed_conversion_leaves_no_target(source, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, source, target], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert not target.exists()
+    of_another_target, of_the_living = tmp_path / f".unfinished-{2**22 + 1}-other", tmp_path / ".unfinished-1-hf"
+    of_another_target.mkdir()
+    of_the_living.mkdir()
     convert_quietly(source, target, format="hugging_face")
     assert_same(arrays(target), arrays(source))
+    assert set(os.listdir(tmp_path)) == {"source", "hf", of_another_target.name, of_the_living.name}
 
 
 # === At the command line ===
@@ -413,6 +464,14 @@ def test_the_command(source, tmp_path, capsys):
     assert cli.main(["inspect", str(target), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sizes"]["num_layers"] == 3 and found["dtypes"] == {"float32": 29}
+    assert found["tensors"]["blocks.2.query"] == {"shape": [4, 32, 8], "dtype": "float32"}
+    assert cli.main(["inspect", str(target), "--no-numbers"]) == 0
+    assert "4 × 32 × 8" in capsys.readouterr().out
+    (target / "tokenizer.model").unlink()
+    (target / "tokenizer.json").unlink()
+    assert cli.main(["convert", str(target), str(tmp_path / "m.gguf"), "--dtype", "q8_0"]) == 0
+    assert "no tokenizer: llama.cpp" in capsys.readouterr().out
+    assert inspect(tmp_path / "m.gguf").dtypes == {"float32": 7, "Q8_0": 22}
     assert found["embedding_parameters"] + found["other_parameters"] == GemmaBackbone.from_preset(source).count_params()
 
 
@@ -424,22 +483,18 @@ def test_numbers_that_look_wrong(source, capsys):
     assert "blocks.2.query" in capsys.readouterr().err
 
 
-def test_parameters_as_the_report_counts_them():
-    found = inspect_sizes("gemma_2b_en"), inspect_sizes("gemma_7b_en")
-    # Table 2 counts 256,128 rows; 256,000 of them are published.
-    rows = 256128 / 256000
-    assert [round(embedding * rows) for embedding, _ in found] == [524_550_144, 786_825_216]
-    assert [others for _, others in found] == [1_981_884_416, 7_751_248_896]
-
-
-def inspect_sizes(preset):
-    import math
-
-    from keras_gemma.checkpoints import canonical
-
-    config = GemmaBackbone.presets[preset]["folder"]
-    with open(os.path.join(config, "config.json")) as file:
-        settings = json.load(file)["config"]
-    sizes = canonical.Sizes(**{name: settings[name] for name in canonical.Sizes._fields if name in settings})
-    counts = {name: math.prod(shape) for name, shape in canonical.shapes(sizes).items()}
-    return counts["embedding"], sum(counts.values()) - counts["embedding"]
+@pytest.mark.parametrize(
+    "preset, name, embedding, others",
+    [
+        ("gemma_2b_en", "Gemma 2B", 524_288_000, 1_981_884_416),
+        ("gemma_7b_en", "Gemma 7B", 786_432_000, 7_751_248_896),
+    ],
+)
+def test_parameters_as_the_report_counts_them(tmp_path, preset, name, embedding, others):
+    settings = json.loads((pathlib.Path(GemmaBackbone.presets[preset]["folder"]) / "config.json").read_text())["config"]
+    sizes = canonical.Sizes(**{field: settings[field] for field in canonical.Sizes._fields if field in settings})
+    zeros(tmp_path / "files", sizes)
+    found = inspect(tmp_path / "files", numbers=False)
+    # Table 2 has 524,550,144 and 786,825,216 for embeddings: it counts 256,128 rows, of which 256,000 are published.
+    assert (found.name, found.embedding_parameters, found.other_parameters) == (name, embedding, others)
+    assert f"{name}, format hugging_face" in str(found) and f"others {others:,}" in str(found)

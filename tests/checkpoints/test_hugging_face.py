@@ -146,3 +146,35 @@ def test_missing_additional_and_mismatched_tensors(folder):
     _refuses(folder, "model.safetensors", QUERY, "I32")
     _rewrite(path, lambda header: header.pop(QUERY))
     _refuses(folder, "model.safetensors", QUERY, QUERY_PATH)
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {"dtype": "F32", "shape": [32, 32]},
+        {"dtype": "F32", "data_offsets": [0, 4096]},
+        {"shape": [32, 32], "data_offsets": [0, 4096]},
+        {"dtype": "F32", "shape": 1024, "data_offsets": [0, 4096]},
+        {"dtype": "F32", "shape": [-32, -32], "data_offsets": [0, 4096]},
+        {"dtype": "F32", "shape": [32, 32], "data_offsets": [-100, 3996]},
+        {"dtype": "F32", "shape": [32, 32], "data_offsets": [4096, 0]},
+    ],
+)
+def test_damaged_headers(folder, entry):
+    _rewrite(folder / "model.safetensors", lambda header: header.update({QUERY: entry}))
+    _refuses(folder, "model.safetensors", QUERY)
+
+
+@ONE_SHAPE
+def test_a_header_that_is_a_list(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+    _refuses(folder, "model.safetensors", "list")
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {QUERY: 3}}, {"weight_map": {QUERY: ".."}}])
+def test_damaged_indices(folder, content):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    _refuses(folder, "model.safetensors.index.json")

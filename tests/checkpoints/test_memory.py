@@ -1,15 +1,13 @@
 """Loading takes little more memory than the weights, in a process of its own that reports its peak."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from peak_memory import measured
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 1.3
 SIZE = {"float32": 4, "bfloat16": 2}
 V, L, N, K, D, F, H = 4096, 6, 8, 1, 1024, 4096, 128
@@ -21,15 +19,10 @@ startup.leave_out_tensorflow()
 import keras
 from keras_gemma.models import GemmaBackbone
 
-def memory(entry):
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
-
 keras.ops.convert_to_numpy(keras.ops.ones((2, 2)))
-before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # forgets the peak of the imports
+begin()
 backbone = GemmaBackbone.from_preset(sys.argv[1], dtype=sys.argv[2])
-print((memory("VmHWM") - before) / (backbone.count_params() * int(sys.argv[3])))
+print(peak() / (backbone.count_params() * int(sys.argv[3])))
 """
 
 BLOCK = {
@@ -91,15 +84,8 @@ def _hugging_face_folder(folder):
 @pytest.mark.parametrize("make, dtype", [(_keras_preset, "float32"), (_hugging_face_folder, "bfloat16")])
 def test_peak_memory_of_loading(tmp_path, make, dtype):
     make(tmp_path)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype, str(SIZE[dtype])]
     # Pages of a mapped file count for as long as the kernel leaves them there: a busy machine adds some.
-    ratio = next((ratio for ratio in (_ratio(command) for _ in range(3)) if ratio < LIMIT), LIMIT)
-    assert 0.9 < ratio < LIMIT
-
-
-def _ratio(command):
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ratio = float(done.stdout.split()[-1])
+    ratios = (measured(MEASURE, tmp_path, dtype, SIZE[dtype]) for _ in range(3))
+    ratio = next((ratio for ratio in ratios if ratio < LIMIT), LIMIT)
     print(f"peak memory of loading: {ratio:.2f} × the weights")
-    return ratio
+    assert 0.9 < ratio < LIMIT

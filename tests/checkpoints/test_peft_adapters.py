@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
 from keras_gemma.checkpoints import load_adapters
+from keras_gemma.checkpoints import peft_adapters
 from keras_gemma.checkpoints import save_adapters
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
@@ -50,6 +51,17 @@ def test_there_and_back(make_backbone, tmp_path, logits, names):
     np.testing.assert_allclose(outputs(other, logits), outputs(backbone, logits), atol=1e-4)
     # Others are not adapted.
     assert {layer.name for layer in other._flatten_layers() if getattr(layer, "lora_enabled", False)} == set(names)
+
+
+def test_adapters_that_cannot_be_written_leave_nothing(make_backbone, tmp_path, monkeypatch):
+    def write(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(peft_adapters, "write_safetensors", write)
+    with pytest.raises(OSError, match="space"):
+        save_adapters(adapted(make_backbone(), ["query"]), tmp_path / "new" / "adapters")
+    assert not list(tmp_path.iterdir())
 
 
 def peft_model(backbone, tmp_path):
