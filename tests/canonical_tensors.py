@@ -11,6 +11,7 @@ import struct
 import keras
 import ml_dtypes
 import numpy as np
+import pytest
 
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import hugging_face
@@ -47,6 +48,14 @@ def zeros(folder, sizes):
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         file.truncate(8 + len(encoded) + end)
     return end
+
+
+def refuses(call, *parts, error=ValueError):
+    """That a call raises an error with all of these in its message."""
+    with pytest.raises(error) as raised:
+        call()
+    for part in parts:
+        assert str(part) in str(raised.value)
 
 
 def stored_in_memory(arrays):

@@ -39,7 +39,7 @@ SLOW = pytest.mark.slow
         ("hugging_face", "keras", None),
         ("hugging_face", "gguf", None),
         ("gguf", "hugging_face", "float32"),
-        ("flax", "keras", None),
+        pytest.param("flax", "keras", None, marks=SLOW),
         pytest.param("hugging_face", "hugging_face", None, marks=SLOW),
         pytest.param("hugging_face", "flax", None, marks=SLOW),
         pytest.param("hugging_face", "keras", "float32", marks=SLOW),

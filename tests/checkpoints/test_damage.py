@@ -5,6 +5,7 @@ import shutil
 
 import h5py
 import pytest
+from canonical_tensors import refuses
 
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
@@ -37,10 +38,7 @@ def sharded(sound, tmp_path):
 
 
 def _refuses(folder, *parts, error=ValueError):
-    with pytest.raises(error) as raised:
-        GemmaCausalLM.from_preset(folder)
-    for part in parts:
-        assert part in str(raised.value)
+    refuses(lambda: GemmaCausalLM.from_preset(folder), *parts, error=error)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"])

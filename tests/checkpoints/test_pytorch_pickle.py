@@ -8,6 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from canonical_tensors import DTYPES
 from canonical_tensors import SIZES
 from canonical_tensors import assert_logits
@@ -20,8 +21,6 @@ from keras_gemma.checkpoints import convert
 from keras_gemma.checkpoints import hugging_face
 from keras_gemma.checkpoints import pytorch_pickle
 from keras_gemma.checkpoints.converting import opened
-
-torch = pytest.importorskip("torch")
 
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
+import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
 from keras_gemma.checkpoints.tokenizer_files import proto_of_tokenizer_json
 from keras_gemma.models import GemmaTokenizer
-
-tokenizers = pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 PIECE = ModelProto.SentencePiece
