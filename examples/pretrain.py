@@ -137,7 +137,8 @@ def main(options):
 def parsed_options():
     parser = Options(__doc__)
 
-    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: the standard library, prose and code)")
+    pairs = parser.pairs
+    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: prose and code of the standard library)")
     pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
     pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
     parser.option("--late-after", 2000, "examples until the later shares hold")

@@ -51,8 +51,8 @@ class Configuration:
             A `PodParallel`.
 
         Raises:
-            ValueError: for another number of devices, devices in another number of pods, a context that does not
-                divide the data axis, or a model axis that does not divide the devices of a pod.
+            ValueError: for no devices or another number of them, devices in another number of pods, a context that does
+                not divide the data axis, or a model axis that does not divide the devices of a pod.
         """
         devices = _jax_devices(devices)
         if math.prod(self.shape(len(devices))) != len(devices):
@@ -63,7 +63,19 @@ class Configuration:
         return PodParallel(mesh, table, auto_shard_dataset)
 
     def shape(self, device_count, context=1, model=None):
-        """Sizes of the axes `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1."""
+        """Sizes of the axes of the mesh.
+
+        Args:
+            device_count: int, how many devices there are: what a size of `None` stands for.
+            context, model: as of a call.
+
+        Returns:
+            A tuple of ints: `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1.
+
+        Raises:
+            ValueError: for a model axis that does not divide the devices of a pod, and a context that does not divide
+                the data axis.
+        """
         replica, data, own_model = (
             device_count if size is ALL else size for size in (self.replica, self.data, self.model)
         )
@@ -109,6 +121,8 @@ def _jax_devices(devices):
 
     if devices is None:
         return jax.devices()
+    if len(devices) == 0:
+        raise ValueError("A mesh has at least one device. Received: devices=[]")
     named = {f"{device.platform}:{device.id}": device for device in jax.devices()}
     unknown = [device for device in devices if isinstance(device, str) and device not in named]
     if unknown:

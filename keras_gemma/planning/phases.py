@@ -66,8 +66,9 @@ def of_training(model, rows, columns):
         "optimizer": abstract.bytes_on_a_device(optimizer),
         "batch": abstract.bytes_on_a_device(batch),
     }
-    flops = training_flops_per_token(model.backbone.get_config(), columns, causal=True) * rows * columns
-    return Phase([step], kept, rows, columns, flops)
+    share = sum(weight.size for weight in model.trainable_variables) / model.count_params()
+    per_token = training_flops_per_token(model.backbone.get_config(), columns, causal=True, trainable_share=share)
+    return Phase([step], kept, rows, columns, per_token * rows * columns)
 
 
 def of_prefill(model, rows, columns):
