@@ -5,8 +5,8 @@ import math
 
 from keras_gemma.distribution import layouts
 from keras_gemma.distribution import meshes
-from keras_gemma.distribution.pods import AXES
-from keras_gemma.distribution.pods import AXES_WITH_CONTEXT
+from keras_gemma.distribution.pods import MESH_AXES
+from keras_gemma.distribution.pods import MESH_AXES_WITH_CONTEXT
 from keras_gemma.distribution.pods import PodParallel
 from keras_gemma.distribution.pods import axes_of_widths
 
@@ -57,7 +57,7 @@ class Configuration:
         devices = _jax_devices(devices)
         if math.prod(self.shape(len(devices))) != len(devices):
             raise ValueError(self._wrong_number(len(devices)))
-        axes = AXES if context == 1 else AXES_WITH_CONTEXT
+        axes = MESH_AXES if context == 1 else MESH_AXES_WITH_CONTEXT
         mesh = meshes.device_mesh(self.shape(len(devices), context, model), axes, devices)
         table = layouts.layout_map(mesh, data=None if self.use == SERVING else axes_of_widths(mesh))
         return PodParallel(mesh, table, auto_shard_dataset)
