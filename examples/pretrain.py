@@ -27,7 +27,6 @@ startup.leave_out_tensorflow()
 
 import keras
 from tiny.options import Options
-from tiny.options import named
 from tiny.options import run
 from tiny.standard_library import prose_and_code
 
@@ -138,27 +137,25 @@ def main(options):
 def parsed_options():
     parser = Options(__doc__)
 
-    def pairs(name, convert, metavar, help):
-        parser.add_argument(name, action="append", type=named(convert), default=[], metavar=metavar, help=help)
-
-    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: the standard library, prose and code)")
+    pairs = parser.pairs
+    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: prose and code of the standard library)")
     pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
     pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
     parser.option("--late-after", 2000, "examples until the later shares hold")
     parser.option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
     parser.option("--layers", 2, "decoder blocks")
     parser.option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
-    parser.option("--sequence-length", 256, "tokens of a row")
-    parser.option("--batch-size", 8, "rows of a step")
-    parser.option("--accumulate", 2, "parts of a step, one of which is in memory at a time")
-    parser.option("--epochs", 6, "stretches that fit reports on")
-    parser.option("--steps-per-epoch", 50, "steps of a stretch")
-    parser.option("--save-every", 50, "steps from one checkpoint to the next")
-    parser.option("--learning-rate", 5e-3, "its peak")
+    parser.of_pretraining(
+        sequence_length=256,
+        batch_size=8,
+        accumulate=2,
+        epochs=6,
+        steps_per_epoch=50,
+        save_every=50,
+        learning_rate=5e-3,
+    )
     parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
     parser.option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
-    parser.option("--seed", 0, "of weights and order")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="folder for event files")
     options = parser.parse_args()
     if options.width < HEAD_DIM or options.width % HEAD_DIM:
         parser.error(f"--width is a multiple of {HEAD_DIM}. Received: {options.width}")

@@ -32,7 +32,9 @@ On GKE, a JobSet that begins again, from the last checkpoint, whenever a host is
                 containers:
                 - name: train
                   image: IMAGE                         # this repository, keras_gemma[train] and jax[tpu]
-                  command: [python, examples/pretrain_tpu.py, --config, gemma_2b_v5e_512, --checkpoints, gs://BUCKET/gemma]
+                  command: [python, examples/pretrain_tpu.py, --config, gemma_2b_v5e_512, --preset, gemma_2b_en,
+                    --sequence-length, "8192", --batch-size, "512", --text, web=/data/web.array_record,
+                    --checkpoints, gs://BUCKET/gemma]
                   resources: {limits: {google.com/tpu: 4}}
 
 On a CPU, to try it, as one process with eight devices, and as two with four each:
@@ -59,7 +61,6 @@ import grain
 import jax
 import keras
 from tiny.options import Options
-from tiny.options import named
 from tiny.options import run
 from tiny.standard_library import prose_and_code
 
@@ -71,7 +72,8 @@ from keras_gemma import training
 
 def main(options):
     process, _ = distribution.initialize(options.coordinator, options.processes, options.process)
-    keras.distribution.set_distribution(distribution.CONFIGURATIONS[options.config]())
+    configuration = distribution.CONFIGURATIONS[options.config]
+    keras.distribution.set_distribution(configuration(context=options.context, model=options.model))
     on_tpu = jax.default_backend() == "tpu"
     keras.utils.set_random_seed(options.seed)
     model = GemmaCausalLM.from_preset(
@@ -116,30 +118,29 @@ def source_of(file):
     return read(file, fields=["text"])
 
 
-def parsed_options():
+def parsed_options(arguments=None):
     parser = Options(__doc__)
 
     parser.option("--config", "local_data", "the mesh by name", choices=distribution.CONFIGURATIONS, metavar="NAME")
+    parser.option("--context", 1, "devices of the data axis over which the tokens of a row are cut")
+    parser.add_argument("--model", type=int, help="length of the model axis (default: the configuration's)")
     parser.option("--preset", "gemma_tiny_en", "the model, by name or folder")
     parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
-    pair = {"action": "append", "default": []}
-    parser.add_argument(
-        "--text", type=named(str), metavar="NAME=FILE", help="a source: .jsonl or ArrayRecord, a 'text' each", **pair
+    parser.pairs("--text", str, "NAME=FILE", "a source: .jsonl or ArrayRecord, a 'text' each")
+    parser.pairs("--weight", float, "NAME=SHARE", "its share of the examples")
+    parser.of_pretraining(
+        sequence_length=128,
+        batch_size=16,
+        accumulate=1,
+        epochs=3,
+        steps_per_epoch=10,
+        save_every=10,
+        learning_rate=1e-4,
     )
-    parser.add_argument("--weight", type=named(float), metavar="NAME=SHARE", help="its share of the examples", **pair)
-    parser.option("--sequence-length", 128, "tokens of a row")
-    parser.option("--batch-size", 16, "rows of a step, on all hosts together")
-    parser.option("--accumulate", 1, "parts of a step, one of which is in memory at a time")
-    parser.option("--epochs", 3, "stretches that fit reports on")
-    parser.option("--steps-per-epoch", 10, "steps of a stretch")
-    parser.option("--learning-rate", 1e-4, "its peak")
     parser.option(
         "--checkpoints", "pretrained_tpu/checkpoints", "a folder that all hosts share, gs:// too; a run goes on there"
     )
-    parser.option("--save-every", 10, "steps from one checkpoint to the next")
-    parser.option("--seed", 0, "of weights and order")
     parser.add_argument("--save-preset", metavar="FOLDER", help="for the trained model, on the first host")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="for event files")
     parser.add_argument("--dtype", help="of the model (default: mixed_bfloat16 on TPUs, else float32)")
     parser.add_argument(
         "--recompute", choices=["none", "dots", "block"], help="to save memory (default: block on TPUs)"
@@ -147,7 +148,7 @@ def parsed_options():
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, where JAX cannot find it by itself")
     parser.add_argument("--processes", type=int, help="how many, with --coordinator")
     parser.add_argument("--process", type=int, help="which one this is, with --coordinator")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

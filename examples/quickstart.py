@@ -6,7 +6,6 @@ Expected: a continuation in prose, then a minute of Keras' progress bar on 2 cor
 entry of a log, with wind, sightings, crew and provisions, and a held-out loss several times lower than before.
 """
 
-import argparse
 import itertools
 import os
 import random
@@ -18,6 +17,8 @@ from keras_gemma import startup
 startup.leave_out_tensorflow()
 
 import keras
+from tiny.options import Options
+from tiny.options import run
 
 from keras_gemma import GemmaCausalLM
 
@@ -45,10 +46,10 @@ def show(title, model):
     print(model.generate(PROMPT, max_new_tokens=60, sampler="top_k", seed=2))
 
 
-def main(examples):
+def main(options):
     keras.utils.set_random_seed(0)
     entries = log_entries()
-    held_out, training = entries[:64], entries[64 : 64 + examples]
+    held_out, training = entries[:64], entries[64 : 64 + options.examples]
 
     model = GemmaCausalLM.from_preset("gemma_tiny_en")
     model.preprocessor.sequence_length = 48
@@ -65,6 +66,6 @@ def main(examples):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1600, help="entries to train on (default: %(default)s)")
-    main(parser.parse_args().examples)
+    parser = Options(__doc__)
+    parser.option("--examples", 1600, "entries to train on")
+    run(main, parser.parse_args())

@@ -19,6 +19,9 @@ CHAT_COMMANDS = """\
   /reset  forgets the dialogue
   /quit   ends (so do Ctrl-D and Ctrl-C)"""
 
+# What `plan` takes and a search has no use for: it trains, and chooses the rest.
+SEARCHED = ("context", "model", "accumulate", "recompute", "phase", "lora_rank")
+
 FAILURE = 1
 INTERRUPTED = 130
 
@@ -178,15 +181,13 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
     parser.add_argument(
         "--context",
         type=_positive_int,
-        default=1,
         metavar="C",
-        help="devices among which the tokens of a row are cut, of those that share a batch (default: %(default)s)",
+        help="devices among which the tokens of a row are cut, of those that share a batch (default: 1)",
     )
     parser.add_argument(
         "--recompute",
         choices=("none", "dots", "block"),
-        default="block",
-        help="what is not kept (default: %(default)s)",
+        help="what is not kept (default: block)",
     )
     parser.add_argument(
         "--phase",
@@ -203,9 +204,14 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
     parser.add_argument(
         "--accumulate",
         type=_positive_int,
-        default=1,
         metavar="A",
-        help="microbatches that a step is cut into, one in memory at a time (default: %(default)s)",
+        help="microbatches that a step is cut into, one in memory at a time (default: 1)",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=_positive_int,
+        metavar="R",
+        help="train adapters of this rank and no other weight (default: 8 for a configuration for adapters, else none)",
     )
     parser.add_argument(
         "--search",
@@ -217,7 +223,11 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         "--config, compiling at most N programs (4 unless said otherwise)",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each program")
-    parser.add_argument("--plot", metavar="FILE", help="draw memory and times, as plan.png")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw memory and times, as plan.png (of several phases plan.prefill.png …)",
+    )
 
 
 def _add_convert(commands):
@@ -454,15 +464,29 @@ def readable_count(parameters):
 
 
 def plan(args):
+    refuse_settings_of_a_search(args)
     # The TPU that a program is compiled for is not the one to run on.
     _without_backend()
     plans = searched_plans(args) if args.search else plans_of_phases(args)
+    chosen = plans[:1] if args.search else plans
     if args.plot:
-        plans[0].plot(args.plot)
-    missing = plans[:1] if args.search else plans
-    for made in missing:
+        plot(chosen, args.plot)
+    for made in chosen:
         if not made.fits:
             raise DoesNotFitError(f"{made.preset} does not fit on {made.configuration}, {made.phase}")
+
+
+def refuse_settings_of_a_search(args):
+    given = [name.replace("_", "-") for name in SEARCHED if args.search and getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"argument --{given[0]}: --search looks for settings of its own, without this one")
+
+
+def plot(plans, path):
+    """Draws one plan to `path`, and several to files that are called after their phases."""
+    root, kind = os.path.splitext(path)
+    for made in plans:
+        made.plot(path if len(plans) == 1 else f"{root}.{made.phase}{kind}")
 
 
 def plans_of_phases(args):
@@ -470,9 +494,10 @@ def plans_of_phases(args):
     from keras_gemma.planning import plan
 
     plans = []
+    given = {name: getattr(args, name) for name in SEARCHED if getattr(args, name) is not None}
     for phase in [args.phase] if args.phase else phases_of(args.config):
-        arguments = (args.preset, args.config, args.sequence_length, args.batch_size, args.recompute, phase)
-        plans.append(plan(*arguments, context=args.context, model=args.model, accumulate=args.accumulate))
+        arguments = (args.preset, args.config, args.sequence_length, args.batch_size)
+        plans.append(plan(*arguments, **{**given, "phase": phase}))
         print(plans[-1].to_json() if args.json else plans[-1], flush=True)
     return plans
 

@@ -60,6 +60,7 @@ Example:
 ('replica', 'data', 'model')
 """
 
+from keras_gemma.distribution.configurations import ADAPTERS
 from keras_gemma.distribution.configurations import CONFIGURATIONS
 from keras_gemma.distribution.configurations import SERVING
 from keras_gemma.distribution.configurations import Configuration
@@ -90,6 +91,7 @@ def __getattr__(name):
 
 
 __all__ = [
+    "ADAPTERS",
     "CONFIGURATIONS",
     "SERVING",
     "Configuration",

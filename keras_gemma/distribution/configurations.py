@@ -5,8 +5,8 @@ import math
 
 from keras_gemma.distribution import layouts
 from keras_gemma.distribution import meshes
-from keras_gemma.distribution.pods import AXES
-from keras_gemma.distribution.pods import AXES_WITH_CONTEXT
+from keras_gemma.distribution.pods import MESH_AXES
+from keras_gemma.distribution.pods import MESH_AXES_WITH_CONTEXT
 from keras_gemma.distribution.pods import PodParallel
 from keras_gemma.distribution.pods import axes_of_widths
 
@@ -51,19 +51,31 @@ class Configuration:
             A `PodParallel`.
 
         Raises:
-            ValueError: for another number of devices, devices in another number of pods, a context that does not
-                divide the data axis, or a model axis that does not divide the devices of a pod.
+            ValueError: for no devices or another number of them, devices in another number of pods, a context that does
+                not divide the data axis, or a model axis that does not divide the devices of a pod.
         """
         devices = _jax_devices(devices)
         if math.prod(self.shape(len(devices))) != len(devices):
             raise ValueError(self._wrong_number(len(devices)))
-        axes = AXES if context == 1 else AXES_WITH_CONTEXT
+        axes = MESH_AXES if context == 1 else MESH_AXES_WITH_CONTEXT
         mesh = meshes.device_mesh(self.shape(len(devices), context, model), axes, devices)
         table = layouts.layout_map(mesh, data=None if self.use == SERVING else axes_of_widths(mesh))
         return PodParallel(mesh, table, auto_shard_dataset)
 
     def shape(self, device_count, context=1, model=None):
-        """Sizes of the axes `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1."""
+        """Sizes of the axes of the mesh.
+
+        Args:
+            device_count: int, how many devices there are: what a size of `None` stands for.
+            context, model: as of a call.
+
+        Returns:
+            A tuple of ints: `(replica, data, model)`, or `(replica, data, context, model)` with a context above 1.
+
+        Raises:
+            ValueError: for a model axis that does not divide the devices of a pod, and a context that does not divide
+                the data axis.
+        """
         replica, data, own_model = (
             device_count if size is ALL else size for size in (self.replica, self.data, self.model)
         )
@@ -109,6 +121,8 @@ def _jax_devices(devices):
 
     if devices is None:
         return jax.devices()
+    if len(devices) == 0:
+        raise ValueError("A mesh has at least one device. Received: devices=[]")
     named = {f"{device.platform}:{device.id}": device for device in jax.devices()}
     unknown = [device for device in devices if isinstance(device, str) and device not in named]
     if unknown:

@@ -30,11 +30,17 @@ def filled_up(batches, shuffle=False, class_weight=None, steps=None):
     Args:
         batches: what `preprocessed` or `packed` returned.
         shuffle, class_weight: as of `keras.Model.fit`, which would have passed them on.
-        steps: optional int, how many batches are drawn. Without it, processes that read their own share of unknown
-            length wait for each other before each batch, and one that has come to its end goes on with no rows.
+        steps: optional int, how many batches are drawn: a share of a process' own that ends in between stops it with
+            an error, and so the others. Without it, processes that read their own share of unknown length wait for
+            each other before each batch, and one that has come to its end goes on with no rows.
 
     Returns:
         What `keras.Model.fit` takes as `x`; `batches` themselves where every number of rows can be divided.
+
+    Raises:
+        ValueError: where a process has no device in the mesh, or shares a part of its rows with another. And when
+            batches are drawn: where those that are the same on all processes differ, and where shares have different
+            rows on processes that have to have the same, differ in their sizes, or end between `steps`.
     """
     rows = rows_of_batches()
     if rows is None or rows.block_count == len(rows.blocks) == 1:
@@ -43,12 +49,20 @@ def filled_up(batches, shuffle=False, class_weight=None, steps=None):
     if len(rows.blocks) == 1:
         return FilledUp(source, rows.block_count)
     if is_own_share(batches):
-        return OwnShares(source, rows, in_step=source.num_batches is None and steps is None)
+        return OwnShares(source, rows, steps if source.num_batches is None else source.num_batches)
     return OwnRows(source, rows)
 
 
 def is_own_share(batches):
-    """Whether batches are the share of this process, and not the same on all processes."""
+    """Whether batches are the share of this process, and not the same on all processes.
+
+    Args:
+        batches: what `preprocessed` or `packed` returned.
+
+    Returns:
+        A bool: `True` for Grain data sets, for batches that say so, and where the distribution has
+        `auto_shard_dataset=False` or there is none.
+    """
     distribution = keras.distribution.distribution()
     cut_here = distribution is not None and distribution.auto_shard_dataset
     return not cut_here or is_grain_dataset(batches) or getattr(batches, "of_own_share", False)
@@ -58,6 +72,13 @@ def own_rows(batches, predictions):
     """Predictions `[rows, …]` for what `filled_up` returned, without those for the rows that it added.
 
     On several processes all rows of batches that are the same on all, and of a process' own share its own.
+
+    Args:
+        batches: what `filled_up` returned, drawn to their end.
+        predictions: tree of arrays `[rows, …]`, with the rows that were added.
+
+    Returns:
+        A tree of arrays `[rows, …]`; `predictions` themselves where nothing was filled up.
     """
     if not isinstance(batches, FilledUp):
         return predictions
@@ -156,15 +177,21 @@ class OwnRows(FilledUp):
 
 
 class OwnShares(FilledUp):
-    """Batches of which each process has its own share, all made as large as the first one."""
+    """Batches of which each process has its own share, all made as large as the first one.
 
-    def __init__(self, source, rows, in_step):
+    Args:
+        source: the `DataAdapter` of this process' share.
+        rows: the `Rows` of the distribution.
+        steps: int, a pass is as long as a multiple of it; `None` where nobody knows, and all wait for the longest.
+    """
+
+    def __init__(self, source, rows, steps):
         import jax
 
         self._places = rows.blocks[jax.process_index()]
         self._block_count = rows.block_count
         self._shares = rows.shares
-        self._in_step = in_step
+        self._steps = steps
         super().__init__(source, len(self._places))
 
     def get_jax_iterator(self):
@@ -176,10 +203,15 @@ class OwnShares(FilledUp):
             of_all = total // self._multiple * self._block_count
             rows.append((self._in_all_rows(np.arange(own), total), of_all))
             yield _own_parts(_with_rows_of_zeros(_with_weights(batch), total - own), of_all)
+        if self._steps is not None and len(rows) % self._steps:
+            # The others may have a batch, and would wait for this process in a step that it never begins.
+            raise ValueError(
+                f"A share lasts as long as its steps. Received: {len(rows)} batches for every {self._steps} steps"
+            )
 
     def _with_largest(self):
         """Batches, how many rows they have, and how many the largest on any process has."""
-        if self._in_step:
+        if self._steps is None:
             yield from _in_step(self._source.get_jax_iterator())
             return
         largest = None

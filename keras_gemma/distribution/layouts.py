@@ -7,6 +7,7 @@ the scales of 8-bit weights and counters are on every device.
 """
 
 import math
+import re
 from types import SimpleNamespace
 
 import keras
@@ -19,7 +20,7 @@ HEADS = "NK"
 # Numbers that a TPU's vector unit takes side by side. Parts of a width that are narrower are filled up to it.
 LANES = 128
 
-AXES = {
+LETTERS = {
     ".*token_embedding/embeddings": "VD",
     ".*decoder_block.*/attention/query/kernel": "NDH",
     ".*decoder_block.*/attention/(key|value)/kernel": "KDH",
@@ -64,7 +65,7 @@ def layout_map(device_mesh, model=MODEL, data=DATA, heads=None):
     names = {MODEL: model, DATA: data, None: None}
     whole = [letter for letter, count in (heads or {}).items() if count % size_of(device_mesh, model)]
     layouts = keras.distribution.LayoutMap(device_mesh)
-    for path, letters in AXES.items():
+    for path, letters in LETTERS.items():
         axes = tuple(None if letter in whole else names[CUT_ALONG[letter]] for letter in letters)
         layouts[path] = Layout(axes, device_mesh)
     return layouts
@@ -90,7 +91,7 @@ class Layout(keras.distribution.TensorLayout):
 def letters_of(layouts, path):
     """The letters of the row that a layout map took the layout of `path` from, `None` where it is no row of ours."""
     layout = layouts[path]
-    return next((letters for pattern, letters in AXES.items() if layouts.get(pattern) is layout), None)
+    return next((letters for pattern, letters in LETTERS.items() if layouts.get(pattern) is layout), None)
 
 
 def refuse_indivisible(layout, path, shape):
@@ -143,5 +144,8 @@ def shapes_of_weights(**sizes):
         "decoder_block_0/ffw_gating/kernel",
         "decoder_block_0/ffw_linear/kernel",
     )
-    letters = ("VD", "NDH", "KDH", "NHD", "DF", "FD")
-    return {path: tuple(sizes[letter] for letter in row) for path, row in zip(paths, letters)}
+    return {path: tuple(sizes[letter] for letter in _letters_of_path(path)) for path in paths}
+
+
+def _letters_of_path(path):
+    return next(letters for pattern, letters in LETTERS.items() if re.fullmatch(pattern, path))

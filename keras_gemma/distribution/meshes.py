@@ -18,7 +18,8 @@ def device_mesh(shape, axis_names, devices):
         A `keras.distribution.DeviceMesh`.
 
     Raises:
-        ValueError: for devices in another number of pods.
+        ValueError: for devices of several pods, unless these are `shape[0]` and have equally many. Devices of one pod
+            are cut into as many parts.
     """
     return keras.distribution.DeviceMesh(shape, axis_names, devices=_arranged(shape, devices))
 

@@ -7,8 +7,8 @@ import keras
 from keras_gemma.distribution import layouts
 
 REPLICA = "replica"
-AXES = (REPLICA, layouts.DATA, layouts.MODEL)
-AXES_WITH_CONTEXT = (REPLICA, layouts.DATA, layouts.CONTEXT, layouts.MODEL)
+MESH_AXES = (REPLICA, layouts.DATA, layouts.MODEL)
+MESH_AXES_WITH_CONTEXT = (REPLICA, layouts.DATA, layouts.CONTEXT, layouts.MODEL)
 
 
 class PodParallel(keras.distribution.ModelParallel):
@@ -46,9 +46,10 @@ class PodParallel(keras.distribution.ModelParallel):
     """
 
     def __init__(self, device_mesh, layout_map=None, auto_shard_dataset=True):
-        if tuple(device_mesh.axis_names) not in (AXES, AXES_WITH_CONTEXT):
+        if tuple(device_mesh.axis_names) not in (MESH_AXES, MESH_AXES_WITH_CONTEXT):
             raise ValueError(
-                f"The axes of the mesh are {AXES} or {AXES_WITH_CONTEXT}. Received: {tuple(device_mesh.axis_names)}"
+                f"The axes of the mesh are {MESH_AXES} or {MESH_AXES_WITH_CONTEXT}. "
+                f"Received: {tuple(device_mesh.axis_names)}"
             )
         if layout_map is None:
             layout_map = layouts.layout_map(device_mesh, data=axes_of_widths(device_mesh))
@@ -82,7 +83,7 @@ class PodParallel(keras.distribution.ModelParallel):
             if variable.trainable and len(shape) > 1:
                 raise ValueError(
                     f"A weight of {len(shape)} axes needs a layout: add a row for it to the `layout_map`. "
-                    f"Received: {path!r} with the shape {shape}, which none of {', '.join(layouts.AXES)} matches"
+                    f"Received: {path!r} with the shape {shape}, which none of {', '.join(layouts.LETTERS)} matches"
                 )
             return layout
         letters = layouts.letters_of(self._layout_map, path) or "-" * len(shape)
@@ -94,7 +95,7 @@ class PodParallel(keras.distribution.ModelParallel):
     def _with_whole_heads(self, layout, letters, shape):
         axes = tuple(
             None if letter in layouts.HEADS and size % layouts.size_of(self.device_mesh, axis) else axis
-            for axis, letter, size in zip(layout.axes, letters, shape)
+            for axis, letter, size in zip(layout.axes, letters, shape, strict=True)
         )
         return layouts.Layout(axes, self.device_mesh)
 

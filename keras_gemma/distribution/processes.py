@@ -85,6 +85,9 @@ def share_of_data():
     Returns:
         `(index, count)`: this process reads `examples[index::count]`.
 
+    Raises:
+        ValueError: where a process has no device in the mesh, or shares a part of its rows with another.
+
     Example:
 
     >>> from keras_gemma.distribution import share_of_data

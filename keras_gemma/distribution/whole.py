@@ -25,7 +25,14 @@ def whole(x):
 
 
 def with_whole_outputs(predict_function):
-    """A predict function of Keras whose outputs are whole on every process."""
+    """A predict function of Keras whose outputs are whole on every process.
+
+    Args:
+        predict_function: callable `(state, iterator) → (outputs, state)`, as `make_predict_function` makes it.
+
+    Returns:
+        A callable of the same. All processes call it.
+    """
 
     def predict(state, iterator):
         outputs, state = predict_function(state, iterator)

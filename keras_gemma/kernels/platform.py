@@ -19,9 +19,14 @@ def shards_of_batch():
     if distribution is None:
         return 1
     mesh = distribution.device_mesh
-    axis = distribution.get_data_layout((1,)).axes[0]
+    names = names_of(distribution.get_data_layout((1,)).axes[0])
+    return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names)
+
+
+def names_of(axis):
+    """The axes of a mesh that cut an axis of a tensor, as a tuple: empty for `None`."""
     names = axis if isinstance(axis, tuple) else (axis,)
-    return math.prod(mesh.shape[list(mesh.axis_names).index(name)] for name in names if name is not None)
+    return tuple(name for name in names if name is not None)
 
 
 def axis_of_columns():
@@ -53,8 +58,7 @@ def axis_of_model():
     if distribution is None:
         return None
     mesh = distribution.device_mesh
-    axis = distribution.get_data_layout((1,)).axes[0]
-    of_tokens = (*(axis if isinstance(axis, tuple) else (axis,)), axis_of_columns())
+    of_tokens = (*names_of(distribution.get_data_layout((1,)).axes[0]), axis_of_columns())
     others = [name for name, size in zip(mesh.axis_names, mesh.shape) if size > 1 and name not in of_tokens]
     return others[0] if len(others) == 1 else None
 

@@ -8,6 +8,7 @@ from keras import ops
 from keras_gemma.kernels.platform import axis_of_columns
 from keras_gemma.kernels.platform import axis_of_model
 from keras_gemma.kernels.platform import devices_of_columns
+from keras_gemma.kernels.platform import names_of
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.platform import shards_of_columns
@@ -155,7 +156,7 @@ def shardings_of_weight(variable):
     if layout is None:
         return None, None
     along = _axes_of_tokens(distribution)
-    whole = tuple(None if along.intersection(_names(axis)) else axis for axis in layout.axes)
+    whole = tuple(None if along.intersection(names_of(axis)) else axis for axis in layout.axes)
     return (None, None) if whole == tuple(layout.axes) else (_sharding(*layout.axes), _sharding(*whole))
 
 
@@ -198,16 +199,16 @@ def look_up(embedding, token_ids, cut_columns=False):
     if token_ids.shape[0] % shards_of_batch():
         return apart(embedding(token_ids))
     layout = distribution.get_variable_layout(embedding._embeddings)
-    rows = _names(distribution.get_data_layout(token_ids.shape).axes[0])
+    rows = names_of(distribution.get_data_layout(token_ids.shape).axes[0])
     along = _axes_of_tokens(distribution)
     vocabulary, width = layout.axes if layout else (None, None)
-    if along.intersection(_names(width)):
-        others = tuple(name for name in rows if name not in _names(width)) or None
+    if along.intersection(names_of(width)):
+        others = tuple(name for name in rows if name not in names_of(width)) or None
         x = _laid_out(embedding(_laid_out(token_ids, others, None)), others, None, width)
         # One exchange along an axis: for two of them at once XLA would gather everything.
         columns = axis_of_columns() if cut_columns and shards_of_columns(token_ids.shape[1]) > 1 else None
-        return apart(_laid_out(x, others, columns, tuple(name for name in _names(width) if name in rows)))
-    if along.intersection(_names(vocabulary)):
+        return apart(_laid_out(x, others, columns, tuple(name for name in names_of(width) if name in rows)))
+    if along.intersection(names_of(vocabulary)):
         values = [gathered(ops.cast(v.value, embedding.compute_dtype), v) for v in embedding.variables]
         with keras.StatelessScope(zip(embedding.variables, values)):
             return apart(embedding(token_ids))
@@ -251,7 +252,7 @@ def sharding_of_cache(shape):
     if distribution is None:
         return None
     rows = _axis_of_rows(distribution, shape)
-    taken = (*_names(rows), axis_of_columns())
+    taken = (*names_of(rows), axis_of_columns())
     _, heads = _axes_of_heads(distribution.device_mesh.backend_mesh, taken, shape[1], shape[1])
     return _sharding(rows, heads)
 
@@ -287,7 +288,7 @@ def on_own_rows_and_heads(attend, query, key, value, segment_ids):
     if devices > 1:
         columns = axis_of_columns()
         attend = functools.partial(on_own_columns, attend, columns, devices)
-    taken = (*_names(rows), axis_of_columns())
+    taken = (*names_of(rows), axis_of_columns())
     query_heads, kv_heads = _axes_of_heads(mesh, taken, query.shape[2], key.shape[2])
     of_query, of_keys = PartitionSpec(rows, columns, query_heads), PartitionSpec(rows, columns, kv_heads)
     specs = (of_query, of_keys, of_keys, PartitionSpec(rows, columns))
@@ -304,7 +305,7 @@ def _axis_of_rows(distribution, shape):
 
 def _axes_of_tokens(distribution):
     """Names of the mesh axes along which devices have different tokens."""
-    return {*_names(distribution.get_data_layout((1,)).axes[0]), axis_of_columns()} - {None}
+    return {*names_of(distribution.get_data_layout((1,)).axes[0]), axis_of_columns()} - {None}
 
 
 def _axes_of_heads(mesh, taken, heads, kv_heads):
@@ -318,7 +319,3 @@ def _axes_of_heads(mesh, taken, heads, kv_heads):
         if kv_heads == 1:
             return axis, None
     return None, None
-
-
-def _names(axis):
-    return axis if isinstance(axis, tuple) else (axis,)

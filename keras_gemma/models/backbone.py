@@ -25,6 +25,18 @@ GEMMA_1_ONLY = {
     "final_logit_soft_cap": None,
     "use_sliding_window_attention": False,
 }
+SIZES = (
+    "vocabulary_size",
+    "num_layers",
+    "num_query_heads",
+    "num_key_value_heads",
+    "hidden_dim",
+    "intermediate_dim",
+    "head_dim",
+    "layer_norm_epsilon",
+    "dropout",
+    "sliding_window_size",
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -139,25 +151,23 @@ class GemmaBackbone(keras_hub.models.Backbone):
         )
         recompute = keras.saving.deserialize_keras_object(recompute) if isinstance(recompute, dict) else recompute
         _check_training_settings(recompute, scan_layers)
-        distribution.check_weights(
-            distribution.shapes_of_weights(
-                V=vocabulary_size,
-                D=hidden_dim,
-                N=num_query_heads,
-                K=num_key_value_heads,
-                H=head_dim,
-                F=intermediate_dim // 2,
-            )
-        )
+        of_block = {
+            "num_query_heads": num_query_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "hidden_dim": hidden_dim,
+            "intermediate_dim": intermediate_dim,
+            "head_dim": head_dim,
+            "layer_norm_epsilon": layer_norm_epsilon,
+            "dropout": dropout,
+        }
+        _check_weights(vocabulary_size, **of_block)
 
         # === Layers ===
         self.token_embedding = ReversibleEmbedding(
             input_dim=vocabulary_size,
             output_dim=hidden_dim,
             tie_weights=True,
-            embeddings_initializer=keras.initializers.VarianceScaling(
-                scale=1.0, mode="fan_in", distribution="untruncated_normal"
-            ),
+            embeddings_initializer=keras.initializers.VarianceScaling(1.0, "fan_in", "untruncated_normal"),
             dtype=dtype,
             name="token_embedding",
         )
@@ -165,18 +175,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         self.rotary_embedding = RotaryEmbedding(head_dim, dtype=dtype, name="rotary_embedding")
         self.segment_ids = SegmentIds(dtype=dtype, name="segments")
         self.transformer_layers = [
-            GemmaDecoderBlock(
-                hidden_dim=hidden_dim,
-                intermediate_dim=intermediate_dim,
-                num_query_heads=num_query_heads,
-                num_key_value_heads=num_key_value_heads,
-                head_dim=head_dim,
-                layer_norm_epsilon=layer_norm_epsilon,
-                dropout=dropout,
-                dtype=dtype,
-                name=f"decoder_block_{i}",
-            )
-            for i in range(num_layers)
+            GemmaDecoderBlock(**of_block, dtype=dtype, name=f"decoder_block_{i}") for i in range(num_layers)
         ]
         self.layer_norm = RMSNormalization(layer_norm_epsilon, dtype=dtype, name="final_normalization")
 
@@ -193,17 +192,10 @@ class GemmaBackbone(keras_hub.models.Backbone):
         # === Config ===
         self.vocabulary_size = vocabulary_size
         self.num_layers = num_layers
-        self.num_query_heads = num_query_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.hidden_dim = hidden_dim
-        self.intermediate_dim = intermediate_dim
-        self.head_dim = head_dim
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.dropout = dropout
         self.sliding_window_size = sliding_window_size
         self.recompute = recompute
         self.scan_layers = scan_layers
-        for name, value in GEMMA_1_ONLY.items():
+        for name, value in {**of_block, **GEMMA_1_ONLY}.items():
             setattr(self, name, value)
 
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None, positions=None, training=None):
@@ -274,19 +266,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def get_config(self):
         config = super().get_config()
         config.update(GEMMA_1_ONLY)
-        for name in (
-            "vocabulary_size",
-            "num_layers",
-            "num_query_heads",
-            "num_key_value_heads",
-            "hidden_dim",
-            "intermediate_dim",
-            "head_dim",
-            "layer_norm_epsilon",
-            "dropout",
-            "sliding_window_size",
-        ):
-            config[name] = getattr(self, name)
+        config.update({name: getattr(self, name) for name in SIZES})
         recompute = self.recompute
         config["recompute"] = (
             recompute if isinstance(recompute, str) else keras.saving.serialize_keras_object(recompute)
@@ -330,6 +310,18 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
     save_weights = distribution.written_once(keras_hub.models.Backbone.save_weights)
     save_lora_weights = distribution.written_once(keras_hub.models.Backbone.save_lora_weights)
+
+
+def _check_weights(vocabulary_size, num_query_heads, num_key_value_heads, hidden_dim, intermediate_dim, head_dim, **_):
+    shapes = distribution.shapes_of_weights(
+        V=vocabulary_size,
+        D=hidden_dim,
+        N=num_query_heads,
+        K=num_key_value_heads,
+        H=head_dim,
+        F=intermediate_dim // 2,
+    )
+    distribution.check_weights(shapes)
 
 
 def _check_training_settings(recompute, scan_layers):

@@ -1,5 +1,3 @@
-import warnings
-
 import keras
 import keras_hub
 from keras import ops
@@ -23,6 +21,8 @@ from keras_gemma.training import TokenCount
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
+from keras_gemma.training.optimizers import warn_of_accumulation_by_batches
+from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -129,7 +129,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             sampler=sampler,
             **kwargs,
         )
-        _warn_of_accumulation_by_batches(self.optimizer)
+        warn_of_accumulation_by_batches(self.optimizer)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -260,7 +260,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             ValueError: where processes hand over different batches that should be the same, or shares that do not
                 fit together.
         """
-        _warn_of_weights_that_cannot_move(self)
+        warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
         if validation_data is not None:
@@ -575,31 +575,6 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
 
     save_weights = distribution.written_once(keras_hub.models.CausalLM.save_weights)
-
-
-def _warn_of_weights_that_cannot_move(model):
-    # Keras' Adam corrects its bias in the dtype of the weights, and in bfloat16 1 - 0.999 is 0: no step at all.
-    optimizer = model.optimizer
-    if not isinstance(optimizer, keras.optimizers.Adam) or optimizer.beta_2 <= 1 - 2**-9:
-        return
-    if any(variable.dtype == "bfloat16" for variable in model.trainable_variables):
-        warnings.warn(
-            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} does not change bfloat16 weights. Train under "
-            "the dtype policy 'mixed_bfloat16', whose weights are float32.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_accumulation_by_batches(optimizer):
-    # What `LossScaleOptimizer` wraps has the setting.
-    steps = getattr(getattr(optimizer, "inner_optimizer", optimizer), "gradient_accumulation_steps", None)
-    if steps:
-        warnings.warn(
-            f"`gradient_accumulation_steps={steps}` of the optimizer averages {steps} batches, however few tokens one "
-            f"has. `compile(gradient_accumulation_steps={steps})` and batches {steps} times as large weigh all tokens "
-            "alike.",
-            stacklevel=3,
-        )
 
 
 def _unpacked(validation_data):

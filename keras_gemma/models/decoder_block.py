@@ -24,6 +24,13 @@ class GemmaDecoderBlock(keras.layers.Layer):
         x: float tensor `[B, T, D]`.
         sine, cosine: float32 tensors `[B, T, H / 2]`.
         segment_ids: int tensor `[B, T]`, 0 where padded.
+        training: optional bool. Whether there is dropout.
+
+    Returns:
+        A tensor `[B, T, D]`.
+
+    Raises:
+        ValueError: for an odd `intermediate_dim`.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 
 
-def model_without_memory(preset, optimizer=None, accumulate=1, **backbone_arguments):
+def model_without_memory(preset, optimizer=None, accumulate=1, lora_rank=None, **backbone_arguments):
     """A `GemmaCausalLM` whose variables have shapes and paths and no values.
 
     Args:
@@ -15,6 +15,7 @@ def model_without_memory(preset, optimizer=None, accumulate=1, **backbone_argume
         optimizer: callable without arguments to a `keras.optimizers.Optimizer`. `None` for a model that is not
             compiled to train.
         accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
+        lora_rank: optional int. Adapters of this rank are what is trained, and nothing else.
         **backbone_arguments: `dtype`, `recompute` and others of `GemmaBackbone`.
 
     Returns:
@@ -23,6 +24,8 @@ def model_without_memory(preset, optimizer=None, accumulate=1, **backbone_argume
 
     def build():
         model = GemmaCausalLM(GemmaBackbone.from_preset(preset, load_weights=False, **backbone_arguments))
+        if lora_rank is not None:
+            model.backbone.enable_lora(lora_rank)
         if optimizer is not None:
             model.compile(optimizer=optimizer(), gradient_accumulation_steps=accumulate)
             model.optimizer.build(model.trainable_variables)

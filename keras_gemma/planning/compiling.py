@@ -20,11 +20,11 @@ def findings(phase, device_mesh, kind):
     """
     chip = topology.chip_of(kind)
     start = time.perf_counter()
-    programs, required = _compiled(phase.works, device_mesh.backend_mesh.devices.flat[0].platform)
+    programs, required, limit = _compiled(phase.works, device_mesh.backend_mesh.devices.flat[0].platform)
     found = {
         "compile_seconds": time.perf_counter() - start,
         "model_flops": phase.model_flops / device_mesh.devices.size,
-        "memory_limit": chip and chip.memory * topology.GIB,
+        "memory_limit": chip.memory * topology.GIB if chip else limit,
     }
     if required is not None:
         return {**found, "fits": False, "memory": {"peak": required}}
@@ -34,7 +34,7 @@ def findings(phase, device_mesh, kind):
 
 
 def _compiled(works, platform):
-    """The programs, and `None`; or those before one that is too large, and the bytes that it would take."""
+    """The programs; of one that is too large, after those before it, the bytes that it would take and may take."""
     import jax
 
     programs = []
@@ -48,14 +48,24 @@ def _compiled(works, platform):
             required = _required_memory(str(error))
             if required is None:
                 raise
-            return programs, required + work.beside
-    return programs, None
+            needed, limit = required
+            return programs, needed + work.beside, limit
+    return programs, None, None
 
 
 def _required_memory(message):
-    """Bytes out of what the TPU's compiler says of a program that is too large; `None` for other errors."""
-    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
-    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else None
+    """Bytes that a program takes and bytes that it may take, out of what the TPU's compiler says of one that is too
+    large; `None` for other errors."""
+    size = r"\(([\d.]+)([KMGT]?)\)"
+    found = re.search(rf"{size} exceeds available HBM {size}", message)
+    if not found:
+        return None
+    needed, unit, limit, unit_of_limit = found.groups()
+    return _bytes_of(needed, unit), _bytes_of(limit, unit_of_limit)
+
+
+def _bytes_of(number, unit):
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
 def _memory(phase, compiled):
@@ -82,4 +92,5 @@ def _measured(phase, programs, mesh_shape, chip):
         "seconds": measures.seconds(chip) if chip else {},
         "chip": chip._asdict() if chip else {},
         "largest": measures.largest(),
+        "unknown_loops": measures.unknown_loops,
     }

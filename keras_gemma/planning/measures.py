@@ -26,6 +26,7 @@ class Measures:
         moved: float. Bytes that go to and from a chip's memory.
         kernels: dict, how often each kernel runs.
         within_pods, across_pods: dicts of bytes that a chip sends, by kind of collective.
+        unknown_loops: int, loops that are counted once since the program does not say how often they turn.
     """
 
     def __init__(self, mesh_shape):
@@ -37,11 +38,13 @@ class Measures:
         self.kernels = defaultdict(int)
         self.within_pods = defaultdict(float)
         self.across_pods = defaultdict(float)
+        self.unknown_loops = 0
 
     def add(self, compiled, runs=1, turn_of_loop=False):
         """Adds a `jax.stages.Compiled` that runs so often, or a single turn of its loop."""
         program = Program(compiled.as_text(), _flops_of_kernel, turn_of_loop)
         self.moved += runs * program.moved
+        self.unknown_loops += len(program.unknown_loops)
         for name, count in program.kernels.items():
             self.kernels[name] += runs * count
         for op_name, flops in program.flops.items():

@@ -5,6 +5,7 @@ prefill   prompts → a cache, block by block as `generate` does it
 decode    one more token for each row, with the cache full
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
@@ -66,8 +67,13 @@ def of_training(model, rows, columns):
         "optimizer": abstract.bytes_on_a_device(optimizer),
         "batch": abstract.bytes_on_a_device(batch),
     }
-    flops = training_flops_per_token(model.backbone.get_config(), columns, causal=True) * rows * columns
-    return Phase([step], kept, rows, columns, flops)
+    share = _size(model.backbone.trainable_weights) / _size(model.backbone.weights)
+    per_token = training_flops_per_token(model.backbone.get_config(), columns, causal=True, trainable_share=share)
+    return Phase([step], kept, rows, columns, per_token * rows * columns)
+
+
+def _size(weights):
+    return sum(math.prod(weight.shape) for weight in weights)
 
 
 def of_prefill(model, rows, columns):

@@ -13,6 +13,9 @@ from keras_gemma.planning import picture
 from keras_gemma.planning import report
 from keras_gemma.planning import topology
 
+# Of adapters, as in most of what is written about them.
+DEFAULT_RANK = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -24,6 +27,7 @@ class Plan:
     Attributes:
         preset, configuration, phase, dtype, recompute: strings.
         accumulate: int, microbatches of a step.
+        lora_rank: int, of the adapters that are trained; `None` where all weights are.
         devices: int.
         mesh: dict, devices along each axis.
         parts: int. Into how many parts a batch is cut.
@@ -41,6 +45,7 @@ class Plan:
             the chip is not known.
         chip: dict, the speeds that `seconds` assumes.
         largest: list of dicts: a `part` of the model, its share of the executed `operations`, and bytes `sent` for it.
+        unknown_loops: int, loops of which the program does not say how often they turn: they are counted once.
     """
 
     preset: str
@@ -66,10 +71,16 @@ class Plan:
     seconds: dict = dataclasses.field(default_factory=dict)
     chip: dict = dataclasses.field(default_factory=dict)
     largest: list = dataclasses.field(default_factory=list)
+    lora_rank: int | None = None
+    unknown_loops: int = 0
 
     @property
     def step_seconds(self):
-        """The shortest time: all that the chip does at once, at full speed. `None` where the chip is not known."""
+        """The shortest time: all that the chip does at once, at full speed.
+
+        Returns:
+            A float, seconds; `None` where the chip is not known or the program does not fit.
+        """
         return max(self.seconds.values()) if self.seconds else None
 
     @property
@@ -80,7 +91,12 @@ class Plan:
 
     @property
     def utilization(self):
-        """Of the chips' peak by what the model needs, in the shortest time."""
+        """How much of the chips' peak goes into what the model needs, in the shortest time.
+
+        Returns:
+            A float from 0 to 1; `None` where the chip is not known or the program does not fit. It is the model's
+            utilization of Chowdhery et al., arXiv 2204.02311, appendix B, at its best.
+        """
         return self.model_flops / self.chip["flops"] / self.step_seconds if self.seconds else None
 
     @property
@@ -90,9 +106,10 @@ class Plan:
         mesh = f"{self.configuration}({', '.join(options)})"
         if self.phase != phases.TRAIN:
             return f"{mesh}, dtype={self.dtype!r}"
+        adapters = f", enable_lora({self.lora_rank})" if self.lora_rank else ""
         accumulate = f", gradient_accumulation_steps={self.accumulate}" if self.accumulate > 1 else ""
         return (
-            f"{mesh}, dtype={self.dtype!r}, recompute={self.recompute!r}{accumulate}, "
+            f"{mesh}, dtype={self.dtype!r}, recompute={self.recompute!r}{adapters}{accumulate}, "
             f"{self.batch_size} rows of {self.sequence_length} tokens a step"
         )
 
@@ -106,6 +123,11 @@ class Plan:
         return f"fits, {gib}{speed}"
 
     def to_json(self):
+        """All attributes and estimates.
+
+        Returns:
+            A string, a JSON object: the attributes by name, `step_seconds`, `tokens_per_second` and `utilization`.
+        """
         estimates = {name: getattr(self, name) for name in ("step_seconds", "tokens_per_second", "utilization")}
         return json.dumps({**dataclasses.asdict(self), **estimates}, indent=2)
 
@@ -134,6 +156,7 @@ def plan(
     accumulate=1,
     context=1,
     model=None,
+    lora_rank=None,
 ):
     """Compiles what `GemmaCausalLM` runs, for devices that need not exist, and says what it does.
 
@@ -153,20 +176,25 @@ def plan(
         accumulate: int, as `gradient_accumulation_steps` of `GemmaCausalLM.compile`.
         context: int, as of a configuration when it is called: over how many devices the tokens of a row are cut.
         model: optional int, as of a configuration when it is called: length of the model axis.
+        lora_rank: optional int, as `rank` of `GemmaBackbone.enable_lora`: only adapters are trained. 8 by default for
+            training on a configuration for adapters.
 
     Returns:
         A `Plan`. Its `fits` is `False` where the compiler refuses a program for lack of memory.
 
     Raises:
         ImportError: without libtpu, the TPU's compiler.
-        ValueError: for an unknown configuration or phase, a configuration for any devices without `devices`, or a
-            batch that cannot be cut.
+        ValueError: for an unknown configuration or phase, a configuration for any devices without `devices`, a batch
+            that cannot be cut, and `accumulate` or `lora_rank` below 1 or for another phase than training.
     """
     configuration = distributions.configuration(config)
     phase = phase or phases_of(config)[-1]
     if phase not in phases.PHASES:
         raise ValueError(f"Phases are {', '.join(phases.PHASES)}. Received: {phase!r}")
     training = phase == phases.TRAIN
+    if training and lora_rank is None and configuration.use == distributions.ADAPTERS:
+        lora_rank = DEFAULT_RANK
+    _refuse_settings(phase, accumulate=accumulate, lora_rank=lora_rank)
     dtype = dtype or ("mixed_bfloat16" if training else "bfloat16")
     if devices is None:
         devices = _tpu_devices(configuration)
@@ -181,7 +209,12 @@ def plan(
 
     with mesh.scope():
         gemma = abstract.model_without_memory(
-            preset, optimizer if training else None, accumulate, dtype=dtype, recompute=recompute
+            preset,
+            optimizer if training else None,
+            accumulate,
+            lora_rank=lora_rank,
+            dtype=dtype,
+            recompute=recompute,
         )
         phase_of_model = phases.PHASES[phase](gemma, batch_size, sequence_length)
         findings = compiling.findings(phase_of_model, mesh.device_mesh, configuration.topology)
@@ -192,6 +225,7 @@ def plan(
         dtype=str(dtype),
         recompute=str(recompute),
         accumulate=accumulate,
+        lora_rank=lora_rank,
         devices=len(devices),
         mesh=dict(zip(mesh.device_mesh.axis_names, mesh.device_mesh.shape)),
         parts=parts,
@@ -201,8 +235,26 @@ def plan(
     )
 
 
+def _refuse_settings(phase, **settings):
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is at least 1. Received: {value!r}")
+        if phase != phases.TRAIN and value is not None and (name, value) != ("accumulate", 1):
+            raise ValueError(f"`{name}` is of training alone. Received: {name}={value}, and the phase {phase!r}")
+
+
 def phases_of(config):
-    """The phases that a configuration, by name, is for."""
+    """The phases that a configuration is for.
+
+    Args:
+        config: string, its name.
+
+    Returns:
+        A tuple: of `"train"`, or of `"prefill"` and `"decode"` for a configuration for serving.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     serving = distributions.configuration(config).use == distributions.SERVING
     return (phases.PREFILL, phases.DECODE) if serving else (phases.TRAIN,)
 

@@ -3,6 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, and nothing of a Pallas kernel.
 """
 
+import copy
 import math
 import re
 from collections import defaultdict
@@ -18,7 +19,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])(?P<opcode>[a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<sizes>[\d,]*)\](?P<layout>\{[^{}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_CALLERS = ("while", "fusion", "call", "conditional", "async-start")
+_CALLERS = ("while", "fusion", "call", "async-start")
 # They name tensors, or wait for them, and move none; what they call is looked at by itself.
 _IDLE = ("", "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 _IDLE += ("while", "call", "conditional", "async-start")
@@ -115,17 +116,24 @@ class Program:
         moved: float. Bytes that its instructions read from memory and write to it, of slices their own.
         kernels: dict, how often each kernel runs.
         collectives: list of `Collective`.
+        unknown_loops: list of names, of loops that the program does not say how often turn: they are counted once.
+
+    Of the branches of a conditional the one that computes most is counted.
     """
 
     def __init__(self, text, kernel_flops=lambda instruction, operands: 0.0, turn_of_loop=False):
         self._computations, entry = _parsed(text)
         self._kernel_flops = kernel_flops
+        self._begin()
+        for computation in self._calls_of_loop(entry) if turn_of_loop else [entry]:
+            self._walk(computation, turns=1)
+
+    def _begin(self):
         self.flops = defaultdict(float)
         self.moved = 0.0
         self.kernels = defaultdict(int)
         self.collectives = []
-        for computation in self._calls_of_loop(entry) if turn_of_loop else [entry]:
-            self._walk(computation, turns=1)
+        self.unknown_loops = []
 
     def _calls_of_loop(self, entry):
         (loop,) = (one for one in self._computations[entry].values() if one.opcode == "while")
@@ -137,14 +145,28 @@ class Program:
             self._count(instruction, instructions, turns, fused)
             if not fused:
                 self.moved += turns * _moved(instruction, instructions, self._computations)
-            inner = (
-                turns * _trips(instruction, instructions, self._computations)
-                if instruction.opcode == "while"
-                else turns
-            )
-            if instruction.opcode in _CALLERS:
+            inner = turns * self._trips(instruction, instructions)
+            if instruction.opcode == "conditional":
+                self._walk(self._largest_branch(instruction), turns, fused)
+            elif instruction.opcode in _CALLERS:
                 for called in _CALLED.findall(instruction.text):
                     self._walk(called, inner, fused or instruction.opcode == "fusion")
+
+    def _trips(self, instruction, around):
+        """How often what an instruction calls is run: 1 where that is not known."""
+        trips = _trips(instruction, around, self._computations) if instruction.opcode == "while" else 1
+        if trips is None:
+            self.unknown_loops.append(instruction.name)
+        return trips or 1
+
+    def _largest_branch(self, conditional):
+        def work(branch):
+            alone = copy.copy(self)
+            alone._begin()
+            alone._walk(branch, turns=1)
+            return sum(alone.flops.values()), alone.moved
+
+        return max(_branches(conditional), key=work)
 
     def _count(self, instruction, around, turns, fused):
         kind = instruction.opcode.removesuffix("-start")
@@ -214,8 +236,15 @@ def _closing(text, start):
     return len(text)
 
 
+def _branches(conditional):
+    listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.text)
+    if listed:
+        return re.findall(r"%?([\w.\-]+)", listed.group(1))
+    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", conditional.text)
+
+
 def _trips(loop, around, computations):
-    """How often a loop turns: said by XLA, or from the limit, the step and the beginning of its counter."""
+    """How often a loop turns: said by XLA, or from the limit, the step and the beginning of its counter; or `None`."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known.group(1))
@@ -225,8 +254,8 @@ def _trips(loop, around, computations):
     limits = [_constant(one) for one in condition.values() if _constant(one) is not None]
     counters = [re.search(r"index=(\d+)", one.text) for one in condition.values() if one.opcode == "get-tuple-element"]
     if len(limits) != 1 or len(counters) != 1:
-        # Bounds that are not in the program, as of the tokens of a generation: counted once.
-        return 1
+        # Bounds that are not in the program, as of the tokens of a generation.
+        return None
     index = int(counters[0].group(1))
     return -(-(limits[0] - _beginning(loop, index, around)) // _step(body, index))
 

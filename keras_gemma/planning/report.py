@@ -11,6 +11,7 @@ def lines_of(plan):
     yield f"{plan.preset} on {plan.configuration}, {plan.phase}: {plan.devices} devices, {mesh}"
     recompute = f", recompute {plan.recompute}" if plan.phase == "train" else ""
     recompute += f", {plan.accumulate} microbatches" if plan.accumulate > 1 else ""
+    recompute += f", adapters of rank {plan.lora_rank}" if plan.lora_rank else ""
     yield f"batch {plan.batch_size} × {plan.sequence_length} tokens, {plan.dtype}{recompute}"
     yield ""
     yield from _memory(plan)
@@ -46,6 +47,8 @@ def _work(plan):
     yield f"operations a chip: {plan.executed_flops / 1e12:.2f} TFLOP, {ratio:.2f} times the model's"
     for part in plan.largest:
         yield f"  {part['part']:34} {part['operations']:6.1%}  {part['sent'] / GIB:8.2f} GiB sent"
+    if plan.unknown_loops and plan.phase == "train":
+        yield f"  at least: {plan.unknown_loops} loops that turn nobody knows how often are counted once"
     for name, count in plan.kernels.items():
         yield f"  kernel {name}, {count} times"
 

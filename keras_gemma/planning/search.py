@@ -50,9 +50,12 @@ def search(preset, config, sequence_length=8192, batch_size=None, most=4, tell=l
         A list of `Plan`s: those that fit before the others, the fastest first.
 
     Raises:
-        ImportError, ValueError: as `plan`; and for a batch that no mesh of these chips can cut.
+        ImportError, ValueError: as `plan`; and for a configuration for serving, and a batch that no mesh of these
+            chips can cut.
     """
     configuration = distributions.configuration(config)
+    if configuration.use == distributions.SERVING:
+        raise ValueError(f"A search is for the fastest way to train. Received: {config!r}, which is for serving")
     if configuration.topology is None:
         raise ValueError(f"A search is for chips of one kind. Received: {config!r}, which takes any devices")
     chip, chips = topology.chip_of(configuration.topology), configuration.data * configuration.model
@@ -72,6 +75,7 @@ def search(preset, config, sequence_length=8192, batch_size=None, most=4, tell=l
                 sequence_length,
                 parts * chosen.rows * chosen.accumulate,
                 chosen.recompute,
+                phase="train",
                 model=chosen.model,
                 accumulate=chosen.accumulate,
             )

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 
 import jax
 import numpy as np
@@ -63,8 +64,10 @@ class CheckpointFolder:
             Its step, or `None` where there is no checkpoint.
 
         Raises:
+            ValueError: where processes do not see one folder.
             DamagedCheckpointError: naming the folder, the files and the newest checkpoint that is whole.
         """
+        self._refuse_separate_folders()
         steps = self.steps()
         if not steps:
             return None
@@ -83,6 +86,26 @@ class CheckpointFolder:
                 else f"No other checkpoint in {self.path} is whole: choose another folder, or empty it, to begin anew."
             )
         )
+
+    def _refuse_separate_folders(self):
+        if jax.process_count() == 1:
+            return
+        from jax.experimental import multihost_utils
+
+        name = f"seen_by_all_{multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))}"
+        is_first = jax.process_index() == 0
+        if is_first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_text("")
+        multihost_utils.sync_global_devices(name)
+        seen = multihost_utils.process_allgather(np.array((self.path / name).exists()))
+        if is_first:
+            (self.path / name).unlink()
+        if not seen.all():
+            raise ValueError(
+                f"All processes see one folder. Received: {self.path}, which process {int(np.argmin(seen))} does not "
+                "share with process 0"
+            )
 
     def open(self):
         """Removes what an interrupted save left behind, and gets ready to write."""
@@ -122,7 +145,7 @@ class CheckpointFolder:
         self._being_saved = step
         save = self._orbax.args
         items = {"variables": save.StandardSave(variables), "run": save.JsonSave(run), "hosts": save.JsonSave(host)}
-        with self._naming_errors():
+        with _naming_errors(self):
             self._manager.save(step, args=save.Composite(**items), force=True)
 
     def check(self):
@@ -132,12 +155,9 @@ class CheckpointFolder:
 
     def wait(self):
         """Waits for the background, and raises what went wrong there."""
-        with self._naming_errors():
+        with _naming_errors(self):
             self._manager.wait_until_finished()
         self._being_saved = None
-
-    def _naming_errors(self):
-        return _NamingErrors(self)
 
     def not_saved(self, error):
         """The error that a user reads, from the one that a library raised."""
@@ -180,9 +200,7 @@ class CheckpointFolder:
         restore = self._orbax.args
         variables = restore.StandardRestore(wanted, fallback_sharding=here)
         arrays = self._manager.restore(step, args=restore.Composite(variables=variables)).variables
-        return jax.tree.map(
-            lambda one, array: np.asarray(array) if isinstance(one, np.ndarray) else array, like, arrays
-        )
+        return jax.tree.map(_as_numpy_where_wanted, like, arrays)
 
     def close(self):
         if self._manager is not None:
@@ -200,18 +218,13 @@ def _as_numpy_where_wanted(like, array):
     return np.asarray(array) if isinstance(like, np.ndarray) else array
 
 
-class _NamingErrors:
+@contextlib.contextmanager
+def _naming_errors(folder):
     """Raises errors of Orbax, tensorstore and the file system under one name."""
-
-    def __init__(self, folder):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception):
-            raise self._folder.not_saved(error) from error
+    try:
+        yield
+    except Exception as error:
+        raise folder.not_saved(error) from error
 
 
 def _reason(error):

@@ -5,6 +5,7 @@ norms; here the exclusions belong to the configuration.
 """
 
 import re
+import warnings
 
 import keras
 from keras import ops
@@ -208,3 +209,30 @@ def _patterns(exclusions):
 def _exclude(optimizer, variables):
     spared = [v for v in variables if any(re.search(p, v.path) for p in optimizer.weight_decay_exclusions)]
     optimizer.exclude_from_weight_decay(var_list=spared)
+
+
+def warn_of_weights_that_cannot_move(model):
+    """Warns of an Adam that leaves a compiled model's weights as they are, in the name of who called `fit`."""
+    # Keras' Adam corrects its bias in the dtype of the weights, and in bfloat16 1 - 0.999 is 0: no step at all.
+    optimizer = model.optimizer
+    if not isinstance(optimizer, keras.optimizers.Adam) or optimizer.beta_2 <= 1 - 2**-9:
+        return
+    if any(variable.dtype == "bfloat16" for variable in model.trainable_variables):
+        warnings.warn(
+            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} does not change bfloat16 weights. Train under "
+            "the dtype policy 'mixed_bfloat16', whose weights are float32.",
+            stacklevel=3,
+        )
+
+
+def warn_of_accumulation_by_batches(optimizer):
+    """Warns of an optimizer that averages batches, in the name of who called `compile`."""
+    # What `LossScaleOptimizer` wraps has the setting.
+    steps = getattr(getattr(optimizer, "inner_optimizer", optimizer), "gradient_accumulation_steps", None)
+    if steps:
+        warnings.warn(
+            f"`gradient_accumulation_steps={steps}` of the optimizer averages {steps} batches, however few tokens one "
+            f"has. `compile(gradient_accumulation_steps={steps})` and batches {steps} times as large weigh all tokens "
+            "alike.",
+            stacklevel=3,
+        )

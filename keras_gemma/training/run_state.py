@@ -66,7 +66,8 @@ def assign(model, arrays):
 def all_finite(model):
     """Whether no weight is NaN or infinite."""
     model.jax_state_sync()
-    return bool(keras.ops.convert_to_numpy(_program_of_finite()([v.value for v in model.trainable_variables])))
+    values = [variable.value for variable in model.trainable_variables]
+    return not values or bool(keras.ops.convert_to_numpy(_program_of_finite()(values)))
 
 
 @functools.cache

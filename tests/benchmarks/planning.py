@@ -49,14 +49,23 @@ def _in_own_process(library, case):
 
 def table(results):
     """Lines of a table in Markdown."""
-    yield "| | | fits | GiB a chip | compiled in s | operations / model's |"
-    yield "|---|---|---|---|---|---|"
+    yield "| | | fits | GiB a chip | compiled in s | operations / model's | Splash kernels | GiB across pods |"
+    yield "|---|---|---|---|---|---|---|---|"
     for one in results:
         ratio = f"{one['executed_flops'] / one['model_flops']:.2f}" if one["fits"] else ""
         yield (
             f"| {one['case']} | {one['library']} | {'yes' if one['fits'] else 'no'} "
-            f"| {one['memory']['peak'] / 2**30:.2f} | {one['compile_seconds']:.0f} | {ratio} |"
+            f"| {one['memory']['peak'] / 2**30:.2f} | {one['compile_seconds']:.0f} | {ratio} "
+            f"| {_splash(one['kernels'] or {})} | {_across_pods(one['across_pods'] or {})} |"
         )
+
+
+def _splash(kernels):
+    return sum(count for name, count in kernels.items() if name.startswith("splash"))
+
+
+def _across_pods(sent):
+    return ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in sorted(sent.items())) or "none"
 
 
 def of_keras_gemma(preset, config, length, rows=None):

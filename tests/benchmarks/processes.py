@@ -6,11 +6,15 @@ each other costs. The counts take turns, so that a machine that slows down slows
 
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import local_processes
 
 COUNTS = (1, 2, 4)
 MODEL = {
@@ -24,6 +28,8 @@ MODEL = {
 }
 ROWS, LENGTH = 8, 256
 STEPS = 5
+# For all processes of one measurement together.
+SECONDS = 900
 CASE = f"V 8000, 4 layers, D 256, batch {ROWS} x {LENGTH}"
 
 
@@ -52,22 +58,11 @@ def run(repeats):
 
 
 def _seconds_with(count):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, __file__, str(port), str(count)]
-    started = [
-        subprocess.Popen(
-            [*command, str(process)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for process in range(count)
-    ]
-    outputs = [process.communicate() for process in started]
-    for process, (_, errors) in zip(started, outputs):
-        if process.returncode:
-            raise RuntimeError(f"one of {count} processes failed:\n{errors[-2000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        statuses, output = local_processes.run(count, __file__, Path(folder), seconds=SECONDS, TF_CPP_MIN_LOG_LEVEL="3")
+        if any(statuses):
+            raise RuntimeError(f"one of {count} processes failed:\n{output[-2000:]}")
+        return json.loads((Path(folder) / "process_0.log").read_text().splitlines()[-1])
 
 
 class Clock:

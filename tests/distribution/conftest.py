@@ -33,11 +33,8 @@ def on_processes(tmp_path):
 
     def run(count, *names, devices=2):
         program = FOLDER / "processes.py"
-        started, logs = local_processes.start(
-            count, program, tmp_path, tmp_path, *names, XLA_FLAGS=XLA_FLAGS.format(devices)
-        )
-        statuses = [process.wait(timeout=900) for process in started]
-        output = "\n\n".join(log.read_text() for log in logs)
+        flags = XLA_FLAGS.format(devices)
+        statuses, output = local_processes.run(count, program, tmp_path, tmp_path, *names, seconds=900, XLA_FLAGS=flags)
         print(output)
         assert not any(statuses), output
 

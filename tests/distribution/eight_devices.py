@@ -104,9 +104,27 @@ def assert_equal_to_one_device(shape, *meshes, check=None, **settings):
             np.testing.assert_array_equal(tokens_received, tokens, err_msg=str(mesh))
             assert_cut_as_the_mesh_says(model, mesh)
             if mesh[0] > 1:
-                assert_nothing_but_sums_crosses_pods(model, mesh)
+                assert_nothing_but_the_sum_of_gradients_crosses_pods(model, mesh)
             if check:
                 check(model)
+
+
+def gradients_are_those_of_one_device():
+    """Adam's steps hide the size of gradients; those of SGD are the gradients."""
+
+    def stepped():
+        model = build()
+        model.compile(keras.optimizers.SGD(1.0))
+        x, y, weights = examples(11)
+        model.fit(x, y, sample_weight=weights, batch_size=11, verbose=0)
+        return model.get_weights()
+
+    before, expected = build().get_weights(), stepped()
+    assert all(np.abs(after - weight).max() > 1e-3 for after, weight in zip(expected, before))
+    for mesh in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
+        with pods(*mesh).scope():
+            for received, weight in zip(stepped(), expected, strict=True):
+                np.testing.assert_allclose(received, weight, atol=1e-5, err_msg=str(mesh))
 
 
 def what_is_kept_of_blocks_is_cut_along_the_model_axis():
@@ -134,11 +152,17 @@ def assert_cut_as_the_mesh_says(model, mesh):
             assert shard_of(moments[f"{weight.path.replace('/', '_')}_{moment}"]) == shard, weight.path
 
 
-def assert_nothing_but_sums_crosses_pods(model, mesh):
-    pod_of = np.repeat(range(mesh[0]), np.prod(mesh[1:]))
-    collectives = Program(compiled_step(model, examples(8))).collectives
-    assert collectives
-    assert not [one for one in collectives if one.kind != "all-reduce" and one.crosses(pod_of)]
+def assert_nothing_but_the_sum_of_gradients_crosses_pods(model, mesh):
+    pods_count = mesh[0]
+    pod_of = np.repeat(range(pods_count), np.prod(mesh[1:]))
+    crossing = [one for one in Program(compiled_step(model, examples(8))).collectives if one.crosses(pod_of)]
+    assert {one.kind for one in crossing} == {"all-reduce"}
+    # Of what a device has of each weight; of the embeddings once as they look up, and once as they predict.
+    weights = [*model.trainable_variables, model.backbone.token_embedding.embeddings]
+    gradients = sum(4 * np.prod(shard_of(weight)) for weight in weights)
+    # A sum over more devices than pods goes around within the pods as well.
+    sent = sum(one.sent * one.turns * (1 - 1 / pods_count) / (1 - 1 / one.groups.shape[-1]) for one in crossing)
+    assert sent <= 1.1 * 2 * (1 - 1 / pods_count) * gradients, (sent, gradients)
 
 
 def compiled_step(model, batch):
@@ -173,19 +197,18 @@ def adapters_and_8_bit_weights_lie_on_the_mesh():
 
     def tuned():
         model = build("7b")
-        model.backbone.enable_lora(2, target_layer_names=["query", "value", "attention_output", "ffw_linear"])
+        model.backbone.enable_lora(2, target_layer_names=TARGETS)
         return model, trained(model, rows=8)
 
     _, history = tuned()
     with pods(2, 2, 2).scope():
         model, received = tuned()
         np.testing.assert_allclose(received["loss"], history["loss"], rtol=1e-5)
-        shards = {v.path: shard_of(v) for v in model.trainable_variables}
+        assert shards_by_path(model) == {**SHARDS, **shards_of_heads(query=2, key=2)}
+        model = build("2b")
+        model.backbone.enable_lora(2, target_layer_names=TARGETS)
+        assert shards_by_path(model) == {**SHARDS, **shards_of_heads(query=4, key=1)}
         block = "decoder_block_0"
-        assert shards[f"{block}/attention/query/lora_kernel_a"] == (2, 8, 2)
-        assert shards[f"{block}/attention/attention_output/lora_kernel_a"] == (2, 8, 2)
-        assert shards[f"{block}/attention/attention_output/lora_kernel_b"] == (2, 8)
-        assert shards[f"{block}/ffw_linear/lora_kernel_a"] == (16, 2)
         model = build("7b")
         model.quantize("int8")
         shards = {v.path: shard_of(v) for v in model.variables}
@@ -195,6 +218,48 @@ def adapters_and_8_bit_weights_lie_on_the_mesh():
     quantized = build("7b")
     quantized.quantize("int8")
     np.testing.assert_allclose(received, quantized.predict(x, verbose=0), atol=2e-2)
+
+
+TARGETS = [
+    "token_embedding", "query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear",
+]  # fmt: skip
+# Of a mesh 2 × 2 × 2 and adapters of rank 2: a device has half of the vocabulary, the width and the feed-forward.
+SHARDS = {
+    "token_embedding/embeddings": (32, 8),
+    "token_embedding/lora_embeddings_a": (32, 2),
+    "token_embedding/lora_embeddings_b": (2, 8),
+    "ffw_gating/kernel": (8, 16),
+    "ffw_gating/lora_kernel_a": (8, 2),
+    "ffw_gating/lora_kernel_b": (2, 16),
+    "ffw_gating_2/kernel": (8, 16),
+    "ffw_gating_2/lora_kernel_a": (8, 2),
+    "ffw_gating_2/lora_kernel_b": (2, 16),
+    "ffw_linear/kernel": (16, 8),
+    "ffw_linear/lora_kernel_a": (16, 2),
+    "ffw_linear/lora_kernel_b": (2, 8),
+}
+
+
+def shards_of_heads(query, key):
+    return {
+        "attention/query/kernel": (query, 8, 8),
+        "attention/query/lora_kernel_a": (query, 8, 2),
+        "attention/query/lora_kernel_b": (2, 8),
+        "attention/key/kernel": (key, 8, 8),
+        "attention/key/lora_kernel_a": (key, 8, 2),
+        "attention/key/lora_kernel_b": (2, 8),
+        "attention/value/kernel": (key, 8, 8),
+        "attention/value/lora_kernel_a": (key, 8, 2),
+        "attention/value/lora_kernel_b": (2, 8),
+        "attention/attention_output/kernel": (query, 8, 8),
+        "attention/attention_output/lora_kernel_a": (query, 8, 2),
+        "attention/attention_output/lora_kernel_b": (2, 8),
+    }
+
+
+def shards_by_path(model):
+    matrices = [weight for weight in model.backbone.weights if len(weight.shape) > 1]
+    return {weight.path.removeprefix("decoder_block_0/"): shard_of(weight) for weight in matrices}
 
 
 def files_of_one_mesh_load_on_others():

@@ -33,6 +33,7 @@ from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
 from keras_gemma.training import AdamW
 from keras_gemma.training import ExactResume
+from keras_gemma.training.checkpoint_folder import CheckpointFolder
 
 
 def run(shape, **kwargs):
@@ -144,6 +145,26 @@ def each_process_reads_its_share_of_grain_data_sets(folder):
     with pods(1, 1, 4).scope():
         share = data.mixture(sources, {"numbers": 1}, shuffle=False)
         assert drawn(grain_batches(list(share[:11]))) == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+
+
+def a_share_that_ends_between_its_steps_is_refused(folder):
+    process = jax.process_index()
+    with pods(1, 4, 1).scope():
+        short = distribution.filled_up(grain_batches(range(8 - 4 * process)), steps=2).get_jax_iterator()
+        if process == 0:
+            assert len(list(short)) == 2
+        else:
+            with raised("A share lasts as long as its steps. Received: 1 batches for every 2 steps"):
+                list(short)
+
+
+def hosts_that_do_not_share_a_folder_are_noticed(folder):
+    shared = CheckpointFolder(folder / "shared", keep=1)
+    assert shared.verify_latest() is None
+    assert not list(shared.path.iterdir())
+    own = CheckpointFolder(folder / f"own_{jax.process_index()}", keep=1)
+    with raised("All processes see one folder. Received: .*own_., which process 1 does not share with process 0"):
+        own.verify_latest()
 
 
 def grain_batches(rows):

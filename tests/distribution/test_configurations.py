@@ -17,6 +17,7 @@ from keras_gemma.distribution import gemma_7b_v5e_4096
 from keras_gemma.distribution import gemma_7b_v6e_8_serving
 from keras_gemma.distribution import local_data
 from keras_gemma.distribution import local_model
+from keras_gemma.distribution import meshes
 from keras_gemma.models import GemmaBackbone
 
 if keras.backend.backend() != "jax":
@@ -83,6 +84,16 @@ def test_pods_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"from each of 2 pods.*256 in pod 0, 128 in pod 1, 128 in pod 2"):
         devices = chips(pods=3)
         gemma_2b_v5e_512(devices=devices[:256] + devices[256:384] + devices[512:640])
+
+
+def test_one_pod_may_be_cut_into_several_replicas():
+    mesh = gemma_2b_v5e_16(devices=chips("v5e:4x4")).device_mesh
+    assert meshes.device_mesh((2, 8, 1), mesh.axis_names, chips("v5e:4x4")).devices.shape == (2, 8, 1)
+
+
+def test_no_devices_are_refused():
+    with pytest.raises(ValueError, match=r"at least one device. Received: devices=\[\]"):
+        local_data(devices=[])
 
 
 def test_an_unknown_device_is_refused():

@@ -1,9 +1,5 @@
 """Several processes that train, evaluate and generate together, and write and read files."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -13,26 +9,19 @@ if keras.backend.backend() != "jax":
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 
-
-@pytest.fixture(scope="module")
-def checks():
-    """The module whose checks run in the processes, in this one."""
-    folder = str(Path(__file__).parent)
-    sys.path.insert(0, folder)
-    yield importlib.import_module("processes")
-    sys.path.remove(folder)
+import processes
 
 
-def test_two_processes_are_like_one(on_processes, checks, tmp_path):
+def test_two_processes_are_like_one(on_processes, tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
     several.mkdir()
-    model, (x, _, _) = checks.build(), checks.examples(11)
+    model, (x, _, _) = processes.build(), processes.examples(11)
     logits = model.predict(x, verbose=0)
     model.backbone.save_to_preset(one / "preset")
     model.save_weights(one / "model.weights.h5")
     np.save(one / "logits.npy", logits)
-    begun = checks.begun_and_gone_on(one, 1)
-    losses = checks.begun_and_gone_on(tmp_path / "unbroken", 2)
+    begun = processes.begun_and_gone_on(one, 1)
+    losses = processes.begun_and_gone_on(tmp_path / "unbroken", 2)
     np.save(one / "losses.npy", losses)
 
     on_processes(
@@ -40,21 +29,23 @@ def test_two_processes_are_like_one(on_processes, checks, tmp_path):
         "processes_begin_alike_without_a_seed",
         "every_row_is_read_once",
         "each_process_reads_its_share_of_grain_data_sets",
+        "a_share_that_ends_between_its_steps_is_refused",
+        "hosts_that_do_not_share_a_folder_are_noticed",
         "what_would_train_other_rows_is_refused",
         "a_mixed_mesh_does_what_one_device_does",
         "files_of_one_process_are_read_and_others_written",
     )
 
     assert begun == losses[:1]
-    np.testing.assert_allclose(checks.begun_and_gone_on(several, 2), losses, rtol=1e-5)
-    for loaded in (checks.loaded_from_preset(several), checks.loaded_from_weights(several)):
+    np.testing.assert_allclose(processes.begun_and_gone_on(several, 2), losses, rtol=1e-5)
+    for loaded in (processes.loaded_from_preset(several), processes.loaded_from_weights(several)):
         np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
-def test_every_mesh_trains_and_generates_as_one_device_does(on_processes, processes, devices):
-    on_processes(processes, "every_mesh_trains_and_generates_as_one_device_does", devices=devices)
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_every_mesh_trains_and_generates_as_one_device_does(on_processes, count, devices):
+    on_processes(count, "every_mesh_trains_and_generates_as_one_device_does", devices=devices)
 
 
 @pytest.mark.slow

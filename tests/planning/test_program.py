@@ -227,3 +227,51 @@ ENTRY %main (x: f32[8,64], place: s32[]) -> f32[8,2] {
 
 def test_a_fusion_reads_the_columns_that_it_asks_for():
     assert Program(SLICED).moved == 8 * 2 * 4 + 4 + 8 * 2 * 4
+
+
+CONDITIONAL = """HloModule m
+%small (x: f32[4,4]) -> f32[4,4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  ROOT %same = f32[4,4]{1,0} copy(%x)
+}
+%large (x: f32[4,4]) -> f32[4,4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  ROOT %product = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (which: s32[], x: f32[4,4]) -> f32[4,4] {
+  %which = s32[] parameter(0)
+  %x = f32[4,4]{1,0} parameter(1)
+  ROOT %chosen = f32[4,4]{1,0} conditional(%which, %x, %x), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%small, %large}",
+        "branch_computations={%large, %small, %large}",
+        "true_computation=%large, false_computation=%small",
+        "true_computation=%small, false_computation=%large",
+    ],
+)
+def test_of_a_conditional_its_largest_branch_counts(branches):
+    program = Program(CONDITIONAL.replace("BRANCHES", branches))
+    assert sum(program.flops.values()) == 2 * 4**3
+    assert program.moved == 3 * 4 * 4 * 4
+
+
+def test_a_conditional_of_jax_is_counted():
+    def either(which, x):
+        return lax.cond(which[0] > 0, lambda x: x @ x, lambda x: x, x)
+
+    assert sum(program_of(either, (1,), (8, 8)).flops.values()) == 2 * 8**3
+
+
+def test_a_loop_of_unknown_length_is_told():
+    def until(limit, x):
+        return lax.while_loop(lambda x: x.sum() < limit[0], lambda x: x @ x, x)
+
+    program = program_of(until, (1,), (8, 8))
+    assert len(program.unknown_loops) == 1 and sum(program.flops.values()) == 2 * 8**3
+    assert not program_of(scanned, (16, 32), (LAYERS, 32, 32)).unknown_loops

@@ -19,7 +19,7 @@ def compiled(monkeypatch):
     """What was compiled, in order."""
     made = []
 
-    def plan(preset, config, length, batch_size, recompute, model, accumulate):
+    def plan(preset, config, length, batch_size, recompute, phase, model, accumulate):
         parts = 16 // model
         peak = 3e9 + BYTES_OF_A_ROW[recompute] * batch_size / parts / accumulate / model
         chip = topology.CHIPS["v5e"]
@@ -27,7 +27,7 @@ def compiled(monkeypatch):
             Plan(
                 preset=preset,
                 configuration=config,
-                phase="train",
+                phase=phase,
                 dtype="mixed_bfloat16",
                 recompute=recompute,
                 accumulate=accumulate,
@@ -62,9 +62,13 @@ def test_the_fastest_that_fits_comes_first(compiled):
     assert [one.fits for one in plans] == sorted((one.fits for one in plans), reverse=True)
 
 
-def test_what_did_not_fit_is_not_tried_again_with_more(compiled):
+def test_what_did_not_fit_is_not_tried_again_with_more(compiled, monkeypatch):
+    # More than is estimated, so that what seems to fit does not.
+    for recompute, size in BYTES_OF_A_ROW.items():
+        monkeypatch.setitem(BYTES_OF_A_ROW, recompute, 20 * size)
     search("gemma_2b_en", "gemma_2b_v5e_16", most=6)
     refused = [one for one in compiled if not one.fits]
+    assert refused and refused[0] is not compiled[-1]
     for index, one in enumerate(compiled):
         for earlier in compiled[:index]:
             alike = (one.recompute, one.mesh) == (earlier.recompute, earlier.mesh)
@@ -88,11 +92,22 @@ def test_where_nothing_seems_to_fit_what_needs_least_is_tried(compiled):
     [
         ({"config": "local_data"}, "chips of one kind"),
         ({"config": "gemma_2b_v5e_16", "batch_size": 7}, "cuts such a batch"),
+        ({"config": "gemma_2b_v5e_8_serving"}, "Received: 'gemma_2b_v5e_8_serving', which is for serving"),
     ],
 )
 def test_what_cannot_be_searched(arguments, message):
     with pytest.raises(ValueError, match=message):
         search("gemma_2b_en", **arguments)
+
+
+@pytest.mark.parametrize(
+    "given", ["--context 2", "--model 2", "--accumulate 1", "--recompute block", "--phase train", "--lora-rank 4"]
+)
+def test_a_search_takes_no_settings_that_it_looks_for(compiled, capsys, given):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--search", "1", *given.split()])
+    assert f"argument {given.split()[0]}: --search" in capsys.readouterr().err
+    assert not compiled
 
 
 def test_the_command(compiled, capsys):

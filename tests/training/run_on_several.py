@@ -1,10 +1,10 @@
 """One of several processes that train a small Gemma.
 
-    python run_on_several.py PORT COUNT PROCESS FOLDER VICTIM HEARTBEAT OWN_SHARES
+    python run_on_several.py PORT COUNT PROCESS FOLDER VICTIM HEARTBEAT OWN_SHARES SAVE_EVERY
 
 All of them train their rows of the same batches, or with OWN_SHARES 1 all rows of batches that they alone have, save to
-FOLDER/checkpoints and append the losses to FOLDER/losses_PROCESS.txt. The victim is gone without a word after some
-steps, which the others have to notice in HEARTBEAT seconds. At the end each writes its weights to
+FOLDER/checkpoints every SAVE_EVERY steps and append the losses to FOLDER/losses_PROCESS.txt. The victim is gone without
+a word after some steps, which the others have to notice in HEARTBEAT seconds. At the end each writes its weights to
 FOLDER/weights_PROCESS.npz.
 """
 
@@ -49,7 +49,7 @@ class Steps(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(port, count, process, folder, victim, heartbeat, own_shares):
+def main(port, count, process, folder, victim, heartbeat, own_shares, save_every):
     distribution.initialize(f"127.0.0.1:{port}", count, process, heartbeat_timeout_seconds=heartbeat)
     everywhere = keras.distribution.DataParallel(auto_shard_dataset=False) if own_shares else distribution.local_data()
     keras.distribution.set_distribution(everywhere)
@@ -62,7 +62,7 @@ def main(port, count, process, folder, victim, heartbeat, own_shares):
     model.compile(training.AdamW(1e-2))
     ids = np.random.default_rng(process if own_shares else 0).integers(1, 64, (14, 9))
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((14, 8), "int32")}
-    resume = training.ExactResume(folder / "checkpoints", save_every_steps=2)
+    resume = training.ExactResume(folder / "checkpoints", save_every_steps=save_every)
     steps = Steps(folder / f"losses_{process}.txt", process == victim)
     model.fit(x, ids[:, 1:], batch_size=4, epochs=2, verbose=0, callbacks=[steps, resume])
     np.savez(folder / f"weights_{process}.npz", *[distribution.whole(weight) for weight in model.weights])

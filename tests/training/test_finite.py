@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_gemma import training
+from keras_gemma.training import run_state
 
 BATCHES = 6
 
@@ -78,3 +79,9 @@ def test_an_exact_resume_is_refused_off_jax(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     with pytest.raises(ValueError, match="works on JAX"):
         training.ExactResume(tmp_path, 1)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Exact resume is JAX's.")
+def test_a_model_without_trainable_weights_is_finite():
+    frozen = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, trainable=False)])
+    assert run_state.all_finite(frozen)

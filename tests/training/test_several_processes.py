@@ -14,13 +14,12 @@ pytest.importorskip("orbax.checkpoint")
 RUN = Path(__file__).parent / "run_on_several.py"
 
 
-def run(folder, count, own_shares, victim=-1):
+def run(folder, count, own_shares, victim=-1, save_every=2, **environment):
     """Exit statuses and all that was written. The victim kills itself after some steps."""
     # Where nobody dies a busy machine may stand still for a while.
     heartbeat = 900 if victim < 0 else 20
-    started, logs = local_processes.start(count, RUN, folder, folder, victim, heartbeat, own_shares)
-    statuses = [process.wait(timeout=600) for process in started]
-    return statuses, "\n\n".join(log.read_text() for log in logs)
+    arguments = (folder, victim, heartbeat, own_shares, save_every)
+    return local_processes.run(count, RUN, folder, *arguments, seconds=600, **environment)
 
 
 @pytest.mark.slow
@@ -44,3 +43,11 @@ def test_a_run_goes_on_exactly_whichever_process_was_killed(tmp_path, count, own
         assert all(weights[name].tobytes() == others[name].tobytes() for name in others.files)
     host_files = sorted(path.name for path in (killed / "checkpoints").glob("*/hosts/*.json"))
     assert set(host_files) == {f"process_{process}.json" for process in range(count)}
+
+
+@pytest.mark.slow
+def test_processes_with_several_devices_save_after_every_step(tmp_path):
+    flags = "--xla_force_host_platform_device_count=4"
+    statuses, output = run(tmp_path, 2, own_shares=0, save_every=1, XLA_FLAGS=flags)
+    assert not any(statuses), output
+    assert len((tmp_path / "losses_0.txt").read_text().splitlines()) == 8
