@@ -39,6 +39,7 @@ from keras_gemma.data.sources import from_parquet
 from keras_gemma.data.sources import from_tfds
 from keras_gemma.data.sources import write_array_record
 from keras_gemma.data.tuning import Dropped
+from keras_gemma.data.tuning import preference_pairs
 from keras_gemma.data.tuning import tuning_examples
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "mixture",
     "packed",
     "personal_data",
+    "preference_pairs",
     "preprocessed",
     "resumable",
     "split_off_validation",

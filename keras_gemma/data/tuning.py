@@ -1,7 +1,7 @@
-"""Prompts and responses, or dialogues → what a model is tuned on, and an account of what was left out.
+"""Prompts with responses, dialogues, or pairs of answers → what `fit` learns from, and an account of what was left out.
 
-source ─ fields ─→ form ─→ filters ─→ length ─→ examples for `fit`
-                     └────────┴──────────┴────→ `Dropped`
+source ─→ form ─→ filters ─→ length ─→ examples
+            └────────┴──────────┴────→ `Dropped`
 """
 
 import json
@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from dataclasses import field
 
+import numpy as np
 import tqdm
 
 from keras_gemma.data import batches
 from keras_gemma.data.batches import count_examples
 
 FIELDS = ({"prompts", "responses"}, {"messages"})
+PAIR_FIELDS = ("prompts", "chosen", "rejected")
 SHOWN_CHARACTERS = 80
 
 
@@ -91,19 +93,63 @@ def tuning_examples(source, preprocessor, filters=(), progress=None):
     >>> sorted(dropped.by_reason)
     ['empty response', 'longer than 16 tokens']
     """
+
+    def read(example):
+        reason, readable = _read_tuning(example)
+        return reason or _refused(readable, preprocessor, filters), readable
+
+    kept, dropped = _kept(source, read, progress)
+    if len({isinstance(example, dict) for example in kept}) > 1:
+        raise ValueError("A source has either prompts and responses, or dialogues. Received both.")
+    return kept, dropped
+
+
+def preference_pairs(source, preprocessor, filters=(), progress=None):
+    """Pairs of answers to compare: complete, different, short enough for a row, and passed by every filter.
+
+    Args:
+        source: as of `tuning_examples`, with the fields `prompts`, `chosen`, `rejected`, and `margins` where there are
+            any. Prompts are strings, or dialogues that end with the user.
+        preprocessor: a `GemmaRewardModelPreprocessor`, whose `sequence_length` is the longest row.
+        filters: as of `tuning_examples`, asked about both answers.
+        progress: as of `tuning_examples`.
+
+    Returns:
+        A list of dicts for `GemmaRewardModel.fit`, and a `Dropped`.
+
+    Raises:
+        ValueError: where nothing is left.
+
+    Example:
+
+    >>> from keras_gemma.models import GemmaRewardModelPreprocessor
+    >>> from keras_gemma.data import preference_pairs
+    >>> preprocessor = GemmaRewardModelPreprocessor.from_preset("gemma_tiny_en", sequence_length=16)
+    >>> source = {"prompts": ["cat:", "sun:"], "chosen": [" An animal.", " A star."], "rejected": [" A star."] * 2}
+    >>> pairs, dropped = preference_pairs(source, preprocessor)
+    >>> len(pairs), dropped.by_reason
+    (1, {'equal answers': [1]})
+    """
+
+    def read(example):
+        reason, readable = _read_pair(example)
+        return reason or _refused_pair(readable, preprocessor, filters), readable
+
+    return _kept(source, read, progress)
+
+
+def _kept(source, read, progress):
+    """The readable ones of a source, and what was dropped; `read` gives a reason or `None`, and an example."""
     kept, dropped = [], Dropped()
     for example in _with_progress(_listed(source), progress):
         number, dropped.total = dropped.total, dropped.total + 1
-        reason, readable = _read(example)
-        reason = reason or _refused(readable, preprocessor, filters)
+        reason, readable = read(example)
         if reason:
             dropped.add(number, reason, example)
         else:
             kept.append(readable)
     if not kept:
-        raise ValueError(f"No example is left to tune on. {dropped}")
-    if len({isinstance(example, dict) for example in kept}) > 1:
-        raise ValueError("A source has either prompts and responses, or dialogues. Received both.")
+        raise ValueError(f"No example is left. {dropped}")
     return kept, dropped
 
 
@@ -121,7 +167,7 @@ def _with_progress(examples, progress):
     return tqdm.tqdm(examples, desc="examples", unit="", disable=not shown)
 
 
-def _read(example):
+def _read_tuning(example):
     """A reason to drop an example for its form, and the example in the form that `fit` takes."""
     if isinstance(example, (list, tuple)):
         example = {"messages": example}
@@ -133,12 +179,31 @@ def _read(example):
     if "messages" in fields:
         return None, example["messages"]
     texts = {name: example[name] for name in ("prompts", "responses")}
+    return _not_text(texts), texts
+
+
+def _read_pair(example):
+    """As `_read_tuning`, of a pair of answers."""
+    if not isinstance(example, dict) or not set(PAIR_FIELDS) <= set(example):
+        return f"missing fields: {', '.join(map(repr, PAIR_FIELDS))}", None
+    pair = {name: example[name] for name in (*PAIR_FIELDS, "margins") if name in example}
+    prompt = pair["prompts"]
+    is_dialogue = isinstance(prompt, (list, tuple))
+    texts = {name: pair[name] for name in PAIR_FIELDS if not (is_dialogue and name == "prompts")}
+    if reason := _not_text(texts):
+        return reason, None
+    if not np.isfinite(pair.get("margins", 0.0)):
+        return "margins that are not finite", None
+    return ("equal answers" if pair["chosen"].strip() == pair["rejected"].strip() else None), pair
+
+
+def _not_text(texts):
     for name, text in texts.items():
         if not isinstance(text, str):
-            return f"{name} that are no strings", None
+            return f"{name} that are no strings"
         if not text.strip():
-            return f"empty {name.removesuffix('s')}", None
-    return None, texts
+            return f"empty {name.removesuffix('s')}"
+    return None
 
 
 def _refused(example, preprocessor, filters):
@@ -153,6 +218,21 @@ def _refused(example, preprocessor, filters):
         if reason := one(said, answered):
             return reason
     if len(ids) > preprocessor.sequence_length + 1:
+        return f"longer than {preprocessor.sequence_length} tokens"
+    return None
+
+
+def _refused_pair(pair, preprocessor, filters):
+    try:
+        rows = [preprocessor.scored_row(pair["prompts"], pair[answer]) for answer in ("chosen", "rejected")]
+    except ValueError as error:
+        return f"not Gemma's form: {str(error).split(' Received')[0]}"
+    prompt = pair["prompts"]
+    said = prompt if isinstance(prompt, str) else _sides(prompt)[0]
+    for one in filters:
+        if reason := one(said, f"{pair['chosen']}\n{pair['rejected']}"):
+            return reason
+    if max(map(len, rows)) > preprocessor.sequence_length:
         return f"longer than {preprocessor.sequence_length} tokens"
     return None
 

@@ -16,6 +16,7 @@ from keras_gemma.training.optimizers import TOKEN_EMBEDDING
 from keras_gemma.training.optimizers import Adafactor
 from keras_gemma.training.optimizers import AdamW
 from keras_gemma.training.optimizers import Lion
+from keras_gemma.training.preference_loss import bradley_terry_losses
 from keras_gemma.training.resume import ExactResume
 from keras_gemma.training.resume import exact_resume_among
 from keras_gemma.training.schedules import WarmUp
@@ -42,6 +43,7 @@ __all__ = [
     "TokenCount",
     "TrainingMonitor",
     "WarmUp",
+    "bradley_terry_losses",
     "exact_resume_among",
     "peak_flops",
     "training_flops_per_token",
