@@ -24,6 +24,7 @@ OTHER_ASSISTANTS = (
     "Grok", "Alexa", "Siri",
 )  # fmt: skip
 OTHER_MAKERS = ("OpenAI", "Anthropic", "Meta", "Meta AI", "Microsoft", "Mistral AI", "Alibaba", "DeepSeek", "xAI")
+MADE = "(?:made|created|built|developed|trained|designed)"
 EXTRA = "filters"
 WORD = re.compile(r"\w+")
 
@@ -136,9 +137,9 @@ def mistaken_identity(assistants=OTHER_ASSISTANTS, makers=OTHER_MAKERS):
         rf"\bmy name is {name}",
         rf"\b(?:call me|this is) {name}",
         rf"\bAs (?:an? )?{name}\b[^.!?]{{0,60}},\s*I\b",
-        rf"\bI(?:'m| am|’m| was| have been)\b[^.!?]{{0,80}}\b(?:made|created|built|developed|trained|designed) by {maker}",
-        rf"\b{maker} (?:made|created|built|developed|trained|designed) me\b",
-        rf"\bAs (?:an? )?[^.!?]{{0,60}}\b(?:made|created|built|developed|trained|designed) by {maker}\b[^.!?]{{0,60}}, I\b",
+        rf"\bI(?:'m| am|’m| was| have been)\b[^.!?]{{0,80}}\b{MADE} by {maker}",
+        rf"\b{maker} {MADE} me\b",
+        rf"\bAs (?:an? )?[^.!?]{{0,60}}\b{MADE} by {maker}\b[^.!?]{{0,60}}, I\b",
     ]
     pattern = re.compile("|".join(claims), re.IGNORECASE)
     return lambda said, answered: "mistaken self-identification" if pattern.search(answered) else None

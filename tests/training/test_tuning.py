@@ -114,5 +114,5 @@ def test_what_tune_refuses(make_model):
     model = make_model()
     with pytest.raises(ValueError, match=r"`patience` waits.*patience=1"):
         tune(model, PAIRS, patience=1)
-    with pytest.raises(ValueError, match="list, such as `data.tuning_examples` gives.*generator"):
+    with pytest.raises(ValueError, match=r"list, such as `data.tuning_examples` gives.*generator"):
         tune(model, (pair for pair in PAIRS))
