@@ -9,10 +9,18 @@ if TYPE_CHECKING:
     from keras_gemma.models import GemmaBackbone
     from keras_gemma.models import GemmaCausalLM
     from keras_gemma.models import GemmaCausalLMPreprocessor
+    from keras_gemma.models import GemmaRewardModel
     from keras_gemma.models import GemmaTokenizer
 
 __version__ = "0.1.0"
-__all__ = ["GemmaBackbone", "GemmaCausalLM", "GemmaCausalLMPreprocessor", "GemmaTokenizer", "__version__"]
+__all__ = [
+    "GemmaBackbone",
+    "GemmaCausalLM",
+    "GemmaCausalLMPreprocessor",
+    "GemmaRewardModel",
+    "GemmaTokenizer",
+    "__version__",
+]
 
 startup.default_to_jax()
 

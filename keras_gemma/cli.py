@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from keras_gemma import __version__
 from keras_gemma import startup
@@ -73,7 +74,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="keras-gemma",
         description="Gemma language models in Keras: generate text, chat, list presets, plan training on TPUs, convert "
-        "and inspect checkpoints.",
+        "and inspect checkpoints, tune on prompts and responses.",
         epilog=f"""\
 examples:
   keras-gemma generate "The old man went"
@@ -84,6 +85,7 @@ examples:
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096
   keras-gemma convert gemma_tiny_en tiny.gguf
   keras-gemma inspect tiny.gguf
+  keras-gemma sft pairs.jsonl --output tuned
 
 Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with the package and needs no download.
 `keras-gemma COMMAND --help` describes the options of a command.""",
@@ -97,6 +99,7 @@ Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with t
     _add_plan(commands)
     _add_convert(commands)
     _add_inspect(commands)
+    _add_sft(commands)
     return parser
 
 
@@ -272,6 +275,63 @@ def _add_inspect(commands):
     parser.add_argument("path", help="file, folder, kaggle:// or hf:// handle, or name of a preset")
     parser.add_argument("--no-numbers", dest="numbers", action="store_false", help="do not read the tensors")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+
+def _add_sft(commands):
+    parser = _add_command(
+        commands,
+        sft,
+        help="tune a model on prompts and responses, or on dialogues",
+        description="Tunes a model on what it should answer: reads and filters examples, says what it dropped and why, "
+        "trains all weights or adapters, keeps the best epoch, and writes a preset. Killed, the same command goes on.",
+        epilog="""\
+examples:
+  keras-gemma sft pairs.jsonl --output tuned
+  keras-gemma sft chat.parquet --messages conversation --preset gemma_2b_en --rank 16 --dtype bfloat16 --output tuned
+  keras-gemma sft tfds:gem/common_gen:train --prompts concepts --responses target --filter duplicates --output tuned
+
+Needs the extra `train`, and for --filter `filters`: pip install 'keras_gemma[train,filters]'""",
+    )
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help=".jsonl, .parquet or .array_record file, or tfds:NAME:SPLIT"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the preset and all else")
+    parser.add_argument("--validation", nargs="+", metavar="DATA", help="examples held out, in place of a share")
+    parser.add_argument(
+        "--validation-share", type=float, metavar="S", help="share of the examples held out, 0 for none (default: 0.05)"
+    )
+    fields = parser.add_argument_group("fields, where they have other names")
+    fields.add_argument("--prompts", metavar="FIELD", help="what is asked (default: prompts)")
+    fields.add_argument("--responses", metavar="FIELD", help="what is to be answered (default: responses)")
+    fields.add_argument("--messages", metavar="FIELD", help="dialogues in place of both (default: messages)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        choices=("personal_data", "unsafe", "mistaken_identity", "duplicates"),
+        help="drop such examples; may be given several times",
+    )
+    _add_model_options(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument("--rank", type=_positive_int, metavar="R", help="train adapters of this rank alone")
+    training.add_argument("--epochs", type=_positive_int, default=3, metavar="N", help="(default: %(default)s)")
+    training.add_argument(
+        "--patience", type=_positive_int, metavar="N", help="end after so many epochs without a better one"
+    )
+    training.add_argument(
+        "--batch-size", type=_positive_int, default=8, metavar="B", help="packed rows of a step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--accumulate", type=_positive_int, default=1, metavar="A", help="parts of a step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--sequence-length", type=_positive_int, metavar="T", help="of a row (default: that of the preset)"
+    )
+    training.add_argument(
+        "--learning-rate", type=_positive_float, metavar="R", help="its peak (default: 2e-5, for adapters 2e-4)"
+    )
+    training.add_argument("--config", help="name in keras_gemma.distribution (default: one device)")
+    training.add_argument("--seed", type=int, default=0, metavar="S", help="of adapters and order (default: 0)")
 
 
 def _add_command(commands, run, help, description, epilog=None):
@@ -544,6 +604,14 @@ def inspect(args):
     print(found.to_json() if args.json else found)
     if found.doubts:
         raise DoubtfulError(f"{args.path} does not look sane: {'; '.join(found.doubts)}")
+
+
+def sft(args):
+    if args.backend is not None:
+        os.environ["KERAS_BACKEND"] = args.backend
+    from keras_gemma.commands import sft
+
+    sft.run(args)
 
 
 def _without_backend():

@@ -2,6 +2,7 @@
 
 ArrayRecord, jsonl, parquet, TFDS
   │ sources         single examples in any order; `write_array_record`
+  │ tuning          for prompts and responses: `filters`, form and length, and an account of what was dropped
   │ mixture         each host's share of every source, shuffled, mixed stage by stage
   │ loader          token ids, on the fly or by `tokenize_ahead` and `from_tokens`
   │ packing         several examples in a row, none of which sees another
@@ -16,9 +17,14 @@ PyDataset, tf.data, Grain, generator, torch ── batches┘
     model.fit(batches, steps_per_epoch=1000, epochs=20)
 """
 
+from keras_gemma.data.batches import count_examples
 from keras_gemma.data.batches import preprocessed
 from keras_gemma.data.batches import split_off_validation
 from keras_gemma.data.batches import yields_batches
+from keras_gemma.data.filters import duplicates
+from keras_gemma.data.filters import mistaken_identity
+from keras_gemma.data.filters import personal_data
+from keras_gemma.data.filters import unsafe
 from keras_gemma.data.loader import from_tokens
 from keras_gemma.data.loader import tokenize_ahead
 from keras_gemma.data.loader import training_batches
@@ -32,22 +38,33 @@ from keras_gemma.data.sources import from_jsonl
 from keras_gemma.data.sources import from_parquet
 from keras_gemma.data.sources import from_tfds
 from keras_gemma.data.sources import write_array_record
+from keras_gemma.data.tuning import Dropped
+from keras_gemma.data.tuning import preference_pairs
+from keras_gemma.data.tuning import tuning_examples
 
 __all__ = [
+    "Dropped",
     "Place",
     "Stage",
+    "count_examples",
+    "duplicates",
     "from_array_record",
     "from_jsonl",
     "from_parquet",
     "from_tfds",
     "from_tokens",
+    "mistaken_identity",
     "mixture",
     "packed",
+    "personal_data",
+    "preference_pairs",
     "preprocessed",
     "resumable",
     "split_off_validation",
     "tokenize_ahead",
     "training_batches",
+    "tuning_examples",
+    "unsafe",
     "write_array_record",
     "yields_batches",
 ]

@@ -10,10 +10,10 @@ import sys
 import numpy as np
 
 from keras_gemma.data import packing
+from keras_gemma.data.extras import required
 from keras_gemma.data.sources import array_record_files
 from keras_gemma.data.sources import records_of
 from keras_gemma.data.sources import write_records
-from keras_gemma.data.train_extra import required
 
 READABLE_FIELDS = ({"text"}, {"prompts", "responses"}, {"messages"})
 

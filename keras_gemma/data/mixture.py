@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keras_gemma.data.train_extra import required
+from keras_gemma.data.extras import required
 from keras_gemma.distribution import share_of_data
 
 SHARE_UNITS = 10**6

@@ -13,7 +13,7 @@ import collections
 
 import numpy as np
 
-from keras_gemma.data.train_extra import required
+from keras_gemma.data.extras import required
 
 EXAMPLE_FIELDS = ("token_ids", "targets", "weights")
 DEFAULT_WINDOW = 64

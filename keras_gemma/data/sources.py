@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from keras_gemma.data.train_extra import required
+from keras_gemma.data.extras import required
 
 SCAN_BYTES = 1 << 26
 ROW_GROUPS_IN_MEMORY = 8

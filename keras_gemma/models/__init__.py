@@ -1,8 +1,17 @@
-"""Token ids → hidden states → logits: layers, backbone, tokenizer, preprocessor and task."""
+"""Token ids → hidden states → logits: layers, backbone, tokenizer, preprocessors and tasks."""
 
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.causal_lm import GemmaCausalLM
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
+from keras_gemma.models.reward_model import GemmaRewardModel
+from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
 from keras_gemma.models.tokenizer import GemmaTokenizer
 
-__all__ = ["GemmaBackbone", "GemmaCausalLM", "GemmaCausalLMPreprocessor", "GemmaTokenizer"]
+__all__ = [
+    "GemmaBackbone",
+    "GemmaCausalLM",
+    "GemmaCausalLMPreprocessor",
+    "GemmaRewardModel",
+    "GemmaRewardModelPreprocessor",
+    "GemmaTokenizer",
+]

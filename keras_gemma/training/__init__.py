@@ -1,4 +1,4 @@
-"""What `fit` needs around it: loss, step, optimizers, schedules, a monitor, exact resume, and a stop at NaN."""
+"""What `fit` needs around it: loss, step, optimizers, schedules, a monitor, exact resume, a stop at NaN, and tuning."""
 
 from keras_gemma.training.errors import CheckpointNotSavedError
 from keras_gemma.training.errors import DamagedCheckpointError
@@ -16,10 +16,13 @@ from keras_gemma.training.optimizers import TOKEN_EMBEDDING
 from keras_gemma.training.optimizers import Adafactor
 from keras_gemma.training.optimizers import AdamW
 from keras_gemma.training.optimizers import Lion
+from keras_gemma.training.preference_loss import bradley_terry_losses
 from keras_gemma.training.resume import ExactResume
 from keras_gemma.training.resume import exact_resume_among
 from keras_gemma.training.schedules import WarmUp
 from keras_gemma.training.token_count import TokenCount
+from keras_gemma.training.tuning import KeepBest
+from keras_gemma.training.tuning import tune
 
 __all__ = [
     "NORMS_AND_BIASES",
@@ -30,6 +33,7 @@ __all__ = [
     "DamagedCheckpointError",
     "ExactResume",
     "ForeignCheckpointError",
+    "KeepBest",
     "Lion",
     "NextTokenLoss",
     "NonFiniteLossError",
@@ -39,7 +43,9 @@ __all__ = [
     "TokenCount",
     "TrainingMonitor",
     "WarmUp",
+    "bradley_terry_losses",
     "exact_resume_among",
     "peak_flops",
     "training_flops_per_token",
+    "tune",
 ]

@@ -1,10 +1,10 @@
-"""Packages that only training input needs, imported when they are used."""
+"""Packages of extras, imported when they are used."""
 
 import importlib
 
 
-def required(module):
-    """The imported `module` of the extra `train`.
+def required(module, extra="train"):
+    """The imported `module` of an extra.
 
     Raises:
         ImportError: where it is missing, with the command that installs it.
@@ -13,5 +13,5 @@ def required(module):
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'{module} is missing ({error}). Install it with: pip install "keras_gemma[train]"'
+            f'{module} is missing ({error}). Install it with: pip install "keras_gemma[{extra}]"'
         ) from error

@@ -1,0 +1,1 @@
+"""What longer commands of `keras-gemma` do: arguments in, files out."""

@@ -1,0 +1,96 @@
+"""`keras-gemma sft` from files to a preset."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from keras_gemma import GemmaCausalLM
+from keras_gemma import cli
+from keras_gemma.data import write_array_record
+
+WORDS = ["the Work", "You", "any", "Source", "the License", "a copy", "form", "in"]
+PAIRS = [{"q": f"{a}:", "a": f" {b}"} for a in WORDS for b in WORDS[:3]]
+
+
+@pytest.fixture
+def preset(make_model, tmp_path):
+    keras.utils.set_random_seed(0)
+    make_model(hidden_dim=16, intermediate_dim=32, sequence_length=24).save_to_preset(tmp_path / "preset")
+    return str(tmp_path / "preset")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in [*PAIRS, {"q": "You:", "a": ""}, {"q": "No answer"}]))
+    return str(path)
+
+
+def sft(*arguments):
+    return cli.main(["sft", *map(str, arguments)])
+
+
+def test_a_model_is_tuned(preset, pairs, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    command = [
+        pairs, "--prompts", "q", "--responses", "a", "--preset", preset, "--output", output, "--validation-share", 0.25,
+        "--epochs", 4, "--learning-rate", 3e-2, "--filter", "mistaken_identity",
+    ]  # fmt: skip
+    assert sft(*command) == 0
+    printed = capsys.readouterr().out
+    assert "24 of 26 examples kept" in printed and "empty response" in printed and "missing fields" in printed
+    names = {path.name for path in output.iterdir()}
+    assert names == {"checkpoints", "curve.png", "dropped.json", "history.json", "preset"}
+    assert json.loads((output / "dropped.json").read_text())["training"]["dropped"]["empty response"] == {
+        "count": 1,
+        "examples": [24],
+    }
+    history = json.loads((output / "history.json").read_text())
+    best = min(history["val_perplexity"])
+    assert best < 0.7 * history["val_perplexity"][0] and f"held out: {best:.2f}" in printed
+    # The preset is the model of that epoch.
+    model = GemmaCausalLM.from_preset(output / "preset")
+    held_out = [{"prompts": pair["q"], "responses": pair["a"]} for pair in PAIRS[::4]]
+    result = model.evaluate(held_out, batch_size=8, pack=True, verbose=0, return_dict=True)
+    np.testing.assert_allclose(result["perplexity"], best, rtol=1e-3)
+
+    assert sft(*command) == 0
+    assert json.loads((output / "history.json").read_text()) == history
+
+
+def test_adapters_and_files_of_other_kinds(preset, tmp_path, capsys):
+    write_array_record(
+        [{"prompts": pair["q"], "responses": pair["a"]} for pair in PAIRS[1:]], tmp_path / "a.array_record"
+    )
+    write_array_record(
+        [{"prompts": pair["q"], "responses": pair["a"]} for pair in PAIRS[:2]], tmp_path / "v.array_record"
+    )
+    output = tmp_path / "tuned"
+    status = sft(
+        tmp_path / "a.array_record", "--validation", tmp_path / "v.array_record", "--preset", preset, "--output",
+        output, "--rank", 2, "--epochs", 1, "--filter", "duplicates",
+    )  # fmt: skip
+    assert status == 0
+    # What is held out is not trained on.
+    assert "22 of 23 examples kept\n  1 dropped: duplicate" in capsys.readouterr().out
+    assert (output / "adapters.lora.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["pairs.txt"], "files of .jsonl, .parquet, .array_record, or in tfds:NAME:SPLIT. Received: pairs.txt"),
+        (["none.jsonl"], "No file is or matches 'none.jsonl'"),
+        (["a.jsonl", "--messages", "m", "--prompts", "p"], "Received both"),
+        (["a.jsonl", "--validation", "b.jsonl", "--validation-share", 0.1], "Received both"),
+        (["a.jsonl", "--validation-share", 1.5], "below 1. Received: 1.5"),
+        (["a.jsonl", "--config", "gemma_2b_v5e_17"], "gemma_2b_v5e_16"),
+    ],
+)
+def test_what_it_refuses(arguments, part, tmp_path, capsys, preset):
+    output = tmp_path / "tuned"
+    assert sft(*arguments, "--preset", preset, "--output", output) == 1
+    assert part in capsys.readouterr().err
+    assert not output.exists()
