@@ -57,6 +57,12 @@ def test_the_commands_for_checkpoints(tmp_path):
     assert "dtypes bfloat16 (38 tensors)" in printed_in_a_shell(command, tmp_path, tmp_path)
 
 
+def test_the_command_for_tuning(tmp_path):
+    (command,) = blocks(mark="tuning")
+    assert "3 of 3 examples kept" in printed_in_a_shell(command, tmp_path, tmp_path)
+    assert (tmp_path / "tuned" / "preset" / "config.json").exists()
+
+
 @pytest.mark.parametrize("mark", ["quickstart", "tests"])
 def test_the_commands_that_others_extract_are_there(mark):
     (command,) = blocks(mark=mark)
