@@ -36,6 +36,7 @@ from keras_gemma.kernels.sharding import stream_apart
 from keras_gemma.kernels.sharding import tokens_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
+from keras_gemma.kernels.vocabulary import token_log_probabilities
 from keras_gemma.kernels.vocabulary import vocabulary_loss
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "sharding_of_cache",
     "shards_of_batch",
     "stream_apart",
+    "token_log_probabilities",
     "tokens_apart",
     "vocabulary_loss",
     "with_flags_bound",

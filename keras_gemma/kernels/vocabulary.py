@@ -93,6 +93,48 @@ def logits_loss(logits, targets, weights, z_loss=0.0):
     return TokenSums(*sums, ops.sum(weights))
 
 
+def token_log_probabilities(hidden, embeddings, targets):
+    """What the model thought of tokens that are there: without gradients, and without the tensor `[B, T, V]`.
+
+    Args:
+        hidden, embeddings, targets: as of `vocabulary_loss`.
+
+    Returns:
+        Float32 log-probabilities `[B, T]` of the targets, and float32 entropies `[B, T]` of the distributions that they
+        were drawn from, in nats.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.kernels import token_log_probabilities
+    >>> hidden, embeddings = np.zeros((1, 3, 2), "float32"), np.zeros((4, 2), "float32")
+    >>> logps, entropies = token_log_probabilities(hidden, embeddings, np.zeros((1, 3), "int32"))
+    >>> np.round(np.array(logps), 4), np.round(np.array(entropies), 4)
+    (array([[-1.3863, -1.3863, -1.3863]], dtype=float32), array([[1.3863, 1.3863, 1.3863]], dtype=float32))
+    """
+    hidden, embeddings, targets = (
+        ops.stop_gradient(ops.convert_to_tensor(x)) for x in (hidden, ops.cast(embeddings, hidden.dtype), targets)
+    )
+    length = hidden.shape[1]
+    width = _columns_at_once(hidden.shape[0], length)
+    missing = -length % width
+
+    def chunks(x):
+        x = ops.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (len(x.shape) - 2)])
+        return ops.swapaxes(ops.reshape(x, (x.shape[0], -1, width, *x.shape[2:])), 0, 1)
+
+    def of_chunk(chunk):
+        hidden, targets = chunk
+        logits = einsum_float32("btd,vd->btv", hidden, embeddings)
+        log_normaliser = ops.logsumexp(logits, axis=-1)
+        of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+        mean_logit = ops.sum(ops.exp(logits - log_normaliser[..., None]) * logits, axis=-1)
+        return of_target - log_normaliser, log_normaliser - mean_logit
+
+    outputs = ops.map(of_chunk, (chunks(hidden), chunks(targets)))
+    return tuple(ops.reshape(ops.swapaxes(x, 0, 1), (hidden.shape[0], -1))[:, :length] for x in outputs)
+
+
 def _columns_at_once(batch, length):
     """Columns of a chunk, of each device's own: its tokens come from all rows and devices, so that all have work."""
     shards = shards_of_columns(length)

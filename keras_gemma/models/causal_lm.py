@@ -423,7 +423,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def _new_ids(self, prompts, sampling, **settings):
         request = self._request(prompts, sampling, **settings)
-        new_ids, sampling.values = self._engine.generate(request)
+        new_ids, sampling.values = self.engine.generate(request)
         return new_ids
 
     def _request(self, prompts, sampling, max_length, max_new_tokens, stop_token_ids, default_length):
@@ -433,7 +433,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         return generation.Request(prompts, limits, stop_token_ids, sampling.sampler, sampling.values)
 
     @property
-    def _engine(self):
+    def engine(self):
+        """The `keras_gemma.generation.Engine` of this model's backbone, which continues prompts of token ids."""
         # Compiled programs are no state of the model: they are neither saved nor copied with it.
         if "_generation_engine" not in self.__dict__:
             self.__dict__["_generation_engine"] = generation.Engine(self.backbone)
@@ -474,7 +475,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def _growing_ids(self, request, sampling):
         with sampling:
-            for rows, sampling.values in self._engine.stream(request):
+            for rows, sampling.values in self.engine.stream(request):
                 yield rows[0]
 
     def chat(self, messages, max_length=None, stop_token_ids="auto", **kwargs):
@@ -523,7 +524,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         generation.check_cache(cache, ops.shape(token_ids)[1], cache_update_index)
         token_ids = ops.convert_to_tensor(token_ids, "int32")
-        return self._engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
+        return self.engine.forward(token_ids, cache, ops.convert_to_tensor(cache_update_index, "int32"))
 
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""

@@ -1,0 +1,137 @@
+"""What a policy is improved by, as functions of arrays that a test can enumerate.
+
+N responses, T tokens of a response, G responses to one prompt. `mask` `[N, T]` is 1 at every action of a response, the
+token that ends it among them, and 0 behind.
+
+    log-probabilities ─→ kl ─┐
+    rewards ─────────────────┴→ penalised rewards ─→ baseline ─→ advantages ─→ loss
+"""
+
+from keras import ops
+
+
+def sequence_kl(logps, reference_logps, mask):
+    """The estimate `log π - log π_ref` of a response, summed over its tokens; k1 of Schulman (2020).
+
+    Args:
+        logps: float tensor `[N, T]`, of the policy that sampled.
+        reference_logps: float tensor `[N, T]`.
+        mask: tensor `[N, T]`.
+
+    Returns:
+        Float32 tensor `[N]`, in nats. Single estimates may be negative.
+    """
+    return ops.sum((logps - reference_logps) * ops.cast(mask, "float32"), axis=-1)
+
+
+def leave_one_out(rewards, group_size):
+    """Rewards minus the mean of the other responses to the same prompt (Kool et al. 2019; Ahmadian et al.,
+    arXiv 2402.14740, equation 6).
+
+    Args:
+        rewards: float tensor `[N]`, responses to one prompt beside each other.
+        group_size: int from 2, `G`.
+
+    Returns:
+        Float32 tensor `[N]`.
+
+    Raises:
+        ValueError: for groups of one, and a number of rewards that they do not divide.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.rlhf import leave_one_out
+    >>> np.array(leave_one_out(np.array([1.0, 2.0, 6.0, 0.0, 0.0, 0.0]), group_size=3))
+    array([-3. , -1.5,  4.5,  0. ,  0. ,  0. ], dtype=float32)
+    """
+    rewards = ops.cast(rewards, "float32")
+    if group_size < 2 or rewards.shape[0] % group_size:
+        raise ValueError(
+            "Leaving one out takes groups of at least 2 responses, all of one size. "
+            f"Received: {rewards.shape[0]} responses in groups of {group_size}"
+        )
+    groups = ops.reshape(rewards, (-1, group_size))
+    others = (ops.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)
+    return ops.reshape(groups - others, (-1,))
+
+
+def reinforce_losses(logps, advantages, mask):
+    """`-advantage · log π(response)` (Williams 1992).
+
+    The log-probability of a response is the sum over its tokens; neither its length nor the spread of the advantages
+    divides it.
+
+    Args:
+        logps: float tensor `[N, T]`.
+        advantages: float tensor `[N]`.
+        mask: tensor `[N, T]`.
+
+    Returns:
+        Float32 tensor `[N]`.
+    """
+    return -advantages * ops.sum(logps * ops.cast(mask, "float32"), axis=-1)
+
+
+def clipped_losses(logps, sampled_logps, advantages, mask, clip):
+    """Importance ratios of tokens, clipped where they have gone far enough (Schulman et al., arXiv 1707.06347,
+    equation 7), summed over the tokens of a response.
+
+    At the policy that sampled, its gradient is that of `reinforce_losses`.
+
+    Args:
+        logps: float tensor `[N, T]`, of the policy as it is now.
+        sampled_logps: float tensor `[N, T]`, of the policy that sampled.
+        advantages: float tensor `[N]`.
+        mask: tensor `[N, T]`.
+        clip: float, 0.2 as a rule.
+
+    Returns:
+        Float32 tensor `[N]`.
+    """
+    ratios = ops.exp(logps - sampled_logps)
+    advantages = advantages[:, None]
+    objective = ops.minimum(ratios * advantages, ops.clip(ratios, 1.0 - clip, 1.0 + clip) * advantages)
+    return -ops.sum(objective * ops.cast(mask, "float32"), axis=-1)
+
+
+def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """`-log σ(β (log π/π_ref of the chosen - log π/π_ref of the rejected))` (Rafailov et al., arXiv 2305.18290,
+    equation 7).
+
+    Args:
+        chosen, rejected, reference_chosen, reference_rejected: float tensors `[N]`, log-probabilities of whole
+            responses.
+        beta: float. The larger, the closer to the reference.
+
+    Returns:
+        Float32 tensor `[N]`.
+    """
+    return ops.softplus(-beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))
+
+
+class AdaptiveCoefficient:
+    """A coefficient of the KL that follows a target (Ziegler et al., arXiv 1909.08593, section 2.2).
+
+    Args:
+        value: float, what it begins with.
+        target: optional float, nats of a response. `None` keeps the coefficient as it is.
+        rate: float, of its adaptation in each update.
+
+    Raises:
+        ValueError: for numbers that are not positive, but for a coefficient of 0 that stays.
+    """
+
+    def __init__(self, value, target=None, rate=0.1):
+        if value < 0 or (target is not None and (target <= 0 or value == 0)) or rate <= 0:
+            raise ValueError(
+                "A coefficient is at least 0; one that follows a target is above 0, as target and rate are. "
+                f"Received: value={value}, target={target}, rate={rate}"
+            )
+        self.value, self.target, self.rate = float(value), target, rate
+
+    def update(self, kl):
+        """Adapts to the mean KL of a batch, in nats of a response."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+            self.value *= 1.0 + self.rate * error

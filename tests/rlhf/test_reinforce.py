@@ -1,0 +1,346 @@
+"""The trainer, on models so small that everything they can write is listed."""
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+from keras_gemma.models import GemmaBackbone
+from keras_gemma.models import GemmaCausalLM
+from keras_gemma.models import GemmaRewardModel
+from keras_gemma.models import GemmaRewardModelPreprocessor
+from keras_gemma.rlhf import AdaptiveCoefficient
+from keras_gemma.rlhf import ReinforceTrainer
+from keras_gemma.rlhf import rollouts as rolling
+
+TOKENS, LONGEST, PROMPT, END = 5, 3, [2, 3], 1
+BETA = 0.3
+
+
+def responses():
+    """All responses of up to `LONGEST` tokens: those that end, and those that are cut off."""
+    listed = [[]]
+    whole = []
+    for _ in range(LONGEST):
+        listed = [[*one, token] for one in listed for token in range(TOKENS)]
+        whole += [one for one in listed if one[-1] == END]
+        listed = [one for one in listed if one[-1] != END]
+    return whole + listed
+
+
+RESPONSES = responses()
+
+
+class Worth:
+    """A reward of token ids that knows each response's worth."""
+
+    preprocessor = None
+
+    def __init__(self, seed=3):
+        worth = np.random.default_rng(seed).normal(0, 1, len(RESPONSES)).astype("float32")
+        self.of = {tuple(one): value for one, value in zip(RESPONSES, worth)}
+
+    def score_tokens(self, rows, batch_size):
+        scored = []
+        for row in rows:
+            response = tuple(row[len(PROMPT) :])
+            # What was cut off has been given an end.
+            scored.append(self.of[response if response in self.of else response[:-1]])
+        return np.array(scored, "float32")
+
+
+@pytest.fixture
+def make_policy(make_preprocessor):
+    def make(seed=0, spread=0.6, tokens=TOKENS, **kwargs):
+        keras.utils.set_random_seed(seed)
+        backbone = GemmaBackbone(
+            vocabulary_size=tokens, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16,
+            intermediate_dim=32, head_dim=8, **kwargs,
+        )  # fmt: skip
+        policy = GemmaCausalLM(backbone, make_preprocessor(sequence_length=32))
+        random = np.random.default_rng(seed)
+        for variable in policy.trainable_variables:
+            variable.assign(random.normal(0, spread, variable.shape))
+        policy.compile(keras.optimizers.SGD(0.1))
+        return policy
+
+    return make
+
+
+def log_probabilities(policy, temperature=1.0):
+    """Of all responses, from plain logits."""
+    width = len(PROMPT) + LONGEST
+    ids = np.zeros((len(RESPONSES), width), "int32")
+    for row, response in zip(ids, RESPONSES):
+        row[: len(PROMPT) + len(response)] = PROMPT + response
+    logits = policy({"token_ids": ids, "padding_mask": np.ones_like(ids)}) / temperature
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    total = []
+    for i, response in enumerate(RESPONSES):
+        places = len(PROMPT) - 1 + np.arange(len(response))
+        total.append(logps[i, places, np.array(response)].sum())
+    return jax.numpy.stack(total)
+
+
+def all_of_them():
+    ended = np.array([one[-1] == END for one in RESPONSES])
+    return rolling.Rollouts([PROMPT] * len(RESPONSES), RESPONSES, ended)
+
+
+def test_everything_that_can_be_written_is_listed(make_policy):
+    np.testing.assert_allclose(np.exp(log_probabilities(make_policy())).sum(), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_come_from_all_of_the_policy(make_policy, temperature):
+    policy = make_policy()
+    expected = np.exp(np.array(log_probabilities(policy, temperature)))
+    counts = dict.fromkeys(map(tuple, RESPONSES), 0)
+    for seed in range(4):
+        drawn = rolling.sample(policy, [PROMPT], 2048, LONGEST, temperature, [END], seed)
+        for response, ended in zip(drawn.responses, drawn.ended):
+            counts[tuple(response)] += 1
+            assert ended == (response[-1] == END)
+    frequencies = np.array(list(counts.values())) / (4 * 2048)
+    error = frequencies - expected
+    # Each count is binomial; the sum of squares has its mean from their variances.
+    assert np.sum(error**2) < 2 * np.sum(expected * (1 - expected)) / (4 * 2048)
+    again = rolling.sample(policy, [PROMPT], 64, LONGEST, temperature, [END], 3).responses
+    assert again == drawn.responses[:64] or len(set(map(tuple, again))) > 5
+    other = rolling.sample(policy, [PROMPT], 64, LONGEST, temperature, [END], 4).responses
+    assert other != again
+
+
+@pytest.mark.parametrize("temperature, clip", [(1.0, None), (0.7, None), (1.0, 0.2)])
+def test_the_gradient_is_that_of_reward_and_divergence(make_policy, temperature, clip):
+    """T3 without noise: every response with its probability in place of samples; away from the reference."""
+    policy = make_policy()
+    trainer = ReinforceTrainer(
+        policy, Worth(), kl_coefficient=BETA, temperature=temperature, microbatch_size=16, clip=clip
+    )
+    reference = np.array(log_probabilities(policy, temperature))
+    random = np.random.default_rng(7)
+    for variable in policy.trainable_variables:
+        variable.assign(variable + random.normal(0, 0.2, variable.shape))
+    rewards = np.array(list(trainer.reward.of.values()))
+
+    def objective(trainable):
+        with keras.StatelessScope(state_mapping=list(zip(policy.trainable_variables, trainable))):
+            logps = log_probabilities(policy, temperature)
+        return -jax.numpy.sum(jax.numpy.exp(logps) * (rewards - BETA * (logps - reference)))
+
+    trainable = [v.value for v in policy.trainable_variables]
+    exact = jax.grad(objective)(trainable)
+
+    batch = all_of_them().microbatches(16)
+    logps, _ = trainer._score(trainable, batch)
+    reference_logps, _ = trainer._score(trainer._reference, batch)
+    kl = np.sum((logps - reference_logps) * batch["mask"], axis=-1).reshape(-1)[: len(RESPONSES)]
+    np.testing.assert_allclose(kl, np.array(log_probabilities(policy, temperature)) - reference, atol=1e-4)
+    probabilities = np.exp(np.array(log_probabilities(policy, temperature)))
+    # Any baseline that knows nothing of the response leaves the mean as it is.
+    for name, values in (("advantages", rewards - BETA * kl - 0.4), ("row_weights", probabilities)):
+        padded = np.zeros(batch["row_weights"].size, "float32")
+        padded[: len(RESPONSES)] = values
+        batch[name] = padded.reshape(batch["row_weights"].shape)
+    _, gradients = trainer.gradients(trainable, batch, logps)
+    scale = np.sqrt(sum(np.sum(np.square(g)) for g in exact))
+    error = np.sqrt(sum(np.sum(np.square(g - e)) for g, e in zip(gradients, exact)))
+    assert error < 1e-4 * scale, (error, scale)
+
+
+def test_training_ends_at_the_best_trade(make_policy):
+    """T2: the optimum is the reference, each response weighted with exp(reward / β)."""
+    policy = make_policy(spread=0.3)
+    schedule = keras.optimizers.schedules.CosineDecay(0.03, 250)
+    policy.compile(keras.optimizers.Adam(schedule))
+    worth = Worth()
+    best = np.array(log_probabilities(policy)) + np.array(list(worth.of.values())) / 1.0
+    best = np.exp(best - best.max())
+    trainer = ReinforceTrainer(
+        policy, worth, kl_coefficient=1.0, group_size=256, max_new_tokens=LONGEST, microbatch_size=256
+    )
+    for _ in range(250):
+        trainer.train_on(([PROMPT], [PROMPT]))
+    distance = 0.5 * np.abs(np.exp(np.array(log_probabilities(policy))) - best / best.sum()).sum()
+    assert distance < 0.02, distance
+
+
+def test_the_first_step(make_policy):
+    policy = make_policy()
+    trainer = ReinforceTrainer(policy, Worth(), group_size=32, max_new_tokens=LONGEST, microbatch_size=16, clip=0.2)
+    logs = trainer.train_on(([PROMPT], [PROMPT]))
+    assert logs["kl"] == 0.0 and logs["kl_per_token"] == 0.0
+    assert logs["penalised_reward"] == logs["reward"]
+    assert logs["gradient_norm"] > 0
+    seen = [trainer.samples]
+    logs = trainer.train_on(([PROMPT], [PROMPT]))
+    assert logs["kl"] != 0.0
+    assert [one["response"] for one in trainer.samples] != [one["response"] for one in seen[0]]
+    assert abs(sum(one["reward"] for one in trainer.samples) / 32 - logs["reward"]) < 1e-5
+
+
+def test_a_larger_coefficient_stays_closer(make_policy):
+    distances = []
+    for coefficient in (0.01, 3.0):
+        policy = make_policy()
+        policy.compile(keras.optimizers.Adam(0.03))
+        trainer = ReinforceTrainer(
+            policy, Worth(), kl_coefficient=coefficient, group_size=64, max_new_tokens=LONGEST, microbatch_size=64
+        )
+        logs = [trainer.train_on(([PROMPT], [PROMPT])) for _ in range(40)]
+        distances.append(np.mean([one["kl"] for one in logs[-5:]]))
+    assert distances[1] < 0.3 * distances[0]
+
+
+def test_responses_without_an_end_cost(make_policy):
+    policy = make_policy()
+    trainer = ReinforceTrainer(
+        policy, Worth(), group_size=64, max_new_tokens=LONGEST, kl_coefficient=0.0, penalty_without_end=5.0
+    )
+    logs = trainer.train_on(([PROMPT], [PROMPT]))
+    np.testing.assert_allclose(logs["reward"] - logs["penalised_reward"], 5.0 * (1 - logs["ended"]), rtol=1e-5)
+    assert 0 < logs["ended"] < 1
+
+
+def test_several_updates_and_a_moving_average(make_policy):
+    weights = []
+    for updates in (1, 3):
+        policy = make_policy()
+        trainer = ReinforceTrainer(
+            policy, Worth(), group_size=16, baseline="moving_average", max_new_tokens=LONGEST, updates=updates, clip=0.2
+        )
+        rewards = [trainer.train_on(([PROMPT], [PROMPT]))["penalised_reward"] for _ in range(2)]
+        np.testing.assert_allclose(trainer._average, 0.09 * rewards[0] + 0.1 * rewards[1], rtol=1e-5)
+        assert int(policy.optimizer.iterations) == 2 * updates
+        weights.append(np.array(policy.trainable_variables[0]))
+    assert np.abs(weights[0] - weights[1]).max() > 0
+
+
+def test_microbatches_make_the_same_step(make_policy):
+    weights = []
+    for rows in (32, 5):
+        policy = make_policy()
+        trainer = ReinforceTrainer(policy, Worth(), group_size=32, max_new_tokens=LONGEST, microbatch_size=rows)
+        trainer.train_on(([PROMPT], [PROMPT]))
+        weights.append(policy.get_weights())
+    for one, other in zip(*weights):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+# === fit ===
+
+
+@pytest.fixture
+def model(make_model):
+    keras.utils.set_random_seed(0)
+    policy = make_model(sequence_length=24)
+    policy.compile(keras.optimizers.Adam(1e-2))
+    return policy
+
+
+def test_fit_draws_every_prompt_and_reports_each_quantity(model):
+    asked = []
+
+    def reward(prompts, texts):
+        asked.append(list(prompts))
+        return np.array([text.count("e") for text in texts])
+
+    trainer = ReinforceTrainer(
+        model, reward, group_size=2, max_new_tokens=4, kl_coefficient=AdaptiveCoefficient(0.1, 1)
+    )
+    told = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: told.steps.append(logs))
+    told.steps = []
+    prompts = ["the", "You", "any", "Source"]
+    history = trainer.fit(prompts, batch_size=2, epochs=2, callbacks=[told], verbose=0).history
+    assert len(asked) == 4 and all(one[0] == one[1] and one[2] == one[3] for one in asked)
+    assert sorted(asked[0][::2] + asked[1][::2]) == sorted(asked[2][::2] + asked[3][::2]) == sorted(prompts)
+    names = {
+        "reward", "reward_std", "penalised_reward", "kl", "kl_per_token", "kl_coefficient", "entropy",
+        "response_length", "ended", "loss", "gradient_norm", "rollout_seconds", "score_seconds", "update_seconds",
+    }  # fmt: skip
+    assert set(history) == names and len(history["kl"]) == 2
+    np.testing.assert_allclose(history["reward"][1], np.mean([one["reward"] for one in told.steps[2:]]))
+    assert {one["prompt"] for one in trainer.samples} <= set(prompts)
+
+
+def test_adapters_are_all_that_changes_and_the_reference_is_what_they_were(model):
+    model.backbone.enable_lora(2)
+    model.compile(keras.optimizers.Adam(1e-2))
+    frozen = [np.array(variable) for variable in model.non_trainable_variables]
+    trainer = ReinforceTrainer(
+        model, lambda prompts, texts: [len(text) for text in texts], group_size=2, max_new_tokens=4
+    )
+    assert sum(value.size for value in trainer._reference) == sum(np.prod(v.shape) for v in model.trainable_variables)
+    history = trainer.fit(["the", "You"], batch_size=2, epochs=2, verbose=0).history
+    assert history["kl"][0] == 0.0 and history["kl"][1] != 0.0
+    for variable, before in zip(model.non_trainable_variables, frozen):
+        np.testing.assert_array_equal(variable, before)
+
+
+def test_a_reward_model_judges_the_very_tokens(model, tokenizer):
+    preprocessor = GemmaRewardModelPreprocessor(tokenizer, sequence_length=32)
+    judge = GemmaRewardModel(model.backbone, preprocessor)
+    trainer = ReinforceTrainer(model, judge, group_size=2, max_new_tokens=4)
+    trainer.fit(["the", "You"], batch_size=2, verbose=0)
+    assert len({one["reward"] for one in trainer.samples}) > 1
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"baseline": "mean"}, "'leave_one_out', 'moving_average'. Received: 'mean'"),
+        ({"group_size": 1}, "`group_size` of at least 2"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is at least 1"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"updates": 2}, "need `clip`"),
+        ({"clip": 1.5}, "between 0 and 1"),
+        ({"reward": "good"}, "or a callable"),
+        ({"kl_coefficient": -1.0}, "at least 0"),
+    ],
+)
+def test_settings_that_are_refused(model, settings, part):
+    with pytest.raises(ValueError, match=part):
+        ReinforceTrainer(model, **{"reward": lambda prompts, texts: [0.0] * len(texts), **settings})
+
+
+def test_policies_that_are_refused(make_model, tokenizer):
+    with pytest.raises(ValueError, match=r"dropout=0\.5"):
+        ReinforceTrainer(make_model(dropout=0.5), len)
+    with pytest.raises(ValueError, match="has a preprocessor"):
+        ReinforceTrainer(make_model(with_preprocessor=False), len)
+
+
+@pytest.mark.parametrize(
+    "reward, part",
+    [
+        (lambda prompts, texts: [0.0], r"one number for each of 4 responses. Received: shape \(1,\)"),
+        (lambda prompts, texts: [np.nan, 0.0, 0.0, 0.0], "Rewards are finite. Received: nan"),
+    ],
+)
+def test_rewards_that_are_none(model, reward, part):
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=part):
+        ReinforceTrainer(model, reward, group_size=2, max_new_tokens=4).fit(["the", "You"], batch_size=2, verbose=0)
+    for one, other in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "prompts, part",
+    [
+        (["the", ""], "A prompt says something.*number 1"),
+        (["the", "any " * 30], r"at most 20 tokens. Received one of \d+, number 1"),
+        (["the"], "batch_size=2, 1 prompts"),
+    ],
+)
+def test_prompts_that_are_refused(model, prompts, part):
+    trainer = ReinforceTrainer(model, lambda prompts, texts: [0.0] * len(texts), group_size=2, max_new_tokens=4)
+    with pytest.raises(ValueError, match=part):
+        trainer.fit(prompts, batch_size=2, verbose=0)
+
+
+def test_two_vocabularies_are_refused(model):
+    judge = GemmaRewardModel.from_preset("gemma_tiny_en", load_weights=False, sequence_length=32)
+    with pytest.raises(ValueError, match="one vocabulary"):
+        ReinforceTrainer(model, judge)
