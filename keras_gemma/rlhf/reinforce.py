@@ -122,8 +122,8 @@ class ReinforceTrainer:
             verbose: as of `keras.Model.fit`.
 
         Returns:
-            A `keras.callbacks.History` with the mean over each epoch of `reward`, `reward_std`, `penalised_reward`, `kl`
-            (nats of a response), `kl_per_token`, `kl_coefficient`, `entropy` (nats of a token), `response_length`,
+            A `keras.callbacks.History` with the mean over each epoch of `reward`, `reward_std`, `penalised_reward`,
+            `kl` (nats of a response), `kl_per_token`, `kl_coefficient`, `entropy` (nats of a token), `response_length`,
             `ended` (share), `gradient_norm`, `loss`, `rollout_seconds`, `score_seconds` and `update_seconds`.
 
         Raises:
@@ -205,7 +205,7 @@ class ReinforceTrainer:
         rewards = self._rewards(prompts, rollouts)
         scored = time.monotonic()
         coefficient = self.kl_coefficient.value
-        penalised = rewards - coefficient * kl - self.penalty_without_end * ~rollouts.ended
+        penalised = (rewards - coefficient * kl - self.penalty_without_end * ~rollouts.ended).astype("float32")
         batch["advantages"] = _as_microbatches(self._advantages(penalised), batch["row_weights"])
         for _ in range(self.updates):
             loss, norm = self._apply(batch, logps)
@@ -260,7 +260,7 @@ class ReinforceTrainer:
             return np.array(objectives.leave_one_out(penalised, self.group_size))
         advantages = penalised - self._average
         self._average = MOMENTUM * self._average + (1 - MOMENTUM) * float(penalised.mean())
-        return advantages.astype("float32")
+        return advantages
 
     def _remember(self, prompts, rollouts, rewards, kl):
         decode = self.policy.preprocessor.decode
