@@ -349,6 +349,10 @@ class Extreme(keras.metrics.Metric):
     def result(self):
         return self.sign * self.largest
 
+    def reset_state(self):
+        # Keras would begin anew at 0, which is no reward that was seen.
+        self.largest.assign(-np.inf)
+
 
 def _as_columns(x):
     """A list of examples as a dict of lists; anything else as it is."""

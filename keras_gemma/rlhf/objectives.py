@@ -21,7 +21,7 @@ def sequence_kl(logps, reference_logps, mask):
     Returns:
         Float32 tensor `[N]`, in nats. Single estimates may be negative.
     """
-    return ops.sum((logps - reference_logps) * ops.cast(mask, "float32"), axis=-1)
+    return ops.sum(ops.multiply(ops.subtract(logps, reference_logps), ops.cast(mask, "float32")), axis=-1)
 
 
 def leave_one_out(rewards, group_size):
@@ -70,7 +70,8 @@ def reinforce_losses(logps, advantages, mask):
     Returns:
         Float32 tensor `[N]`.
     """
-    return -advantages * ops.sum(logps * ops.cast(mask, "float32"), axis=-1)
+    of_responses = ops.sum(ops.multiply(logps, ops.cast(mask, "float32")), axis=-1)
+    return ops.multiply(ops.negative(advantages), of_responses)
 
 
 def clipped_losses(logps, sampled_logps, advantages, mask, clip):
@@ -89,8 +90,8 @@ def clipped_losses(logps, sampled_logps, advantages, mask, clip):
     Returns:
         Float32 tensor `[N]`.
     """
-    ratios = ops.exp(logps - sampled_logps)
-    advantages = advantages[:, None]
+    ratios = ops.exp(ops.subtract(logps, sampled_logps))
+    advantages = ops.expand_dims(ops.cast(advantages, "float32"), 1)
     objective = ops.minimum(ratios * advantages, ops.clip(ratios, 1.0 - clip, 1.0 + clip) * advantages)
     return -ops.sum(objective * ops.cast(mask, "float32"), axis=-1)
 
@@ -107,7 +108,8 @@ def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
     Returns:
         Float32 tensor `[N]`.
     """
-    return ops.softplus(-beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))
+    ahead = ops.subtract(ops.subtract(chosen, reference_chosen), ops.subtract(rejected, reference_rejected))
+    return ops.softplus(ops.multiply(-beta, ahead))
 
 
 class AdaptiveCoefficient:

@@ -161,7 +161,8 @@ def a_share_that_ends_between_its_steps_is_refused(folder):
 def hosts_that_do_not_share_a_folder_are_noticed(folder):
     shared = CheckpointFolder(folder / "shared", keep=1)
     assert shared.verify_latest() is None
-    assert not list(shared.path.iterdir())
+    # The first process clears up, and the others may be faster.
+    assert jax.process_index() or not list(shared.path.iterdir())
     own = CheckpointFolder(folder / f"own_{jax.process_index()}", keep=1)
     with raised("All processes see one folder. Received: .*own_., which process 1 does not share with process 0"):
         own.verify_latest()

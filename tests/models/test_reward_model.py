@@ -94,8 +94,8 @@ def rewards_by_hand(model, rows):
     rewards = []
     for row in rows:
         ids = np.array([row])
-        hidden = np.array(model.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
-        rewards.append(float(hidden[0, -1] @ np.array(model.reward_head.kernel)[:, 0]))
+        hidden = keras.ops.convert_to_numpy(model.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+        rewards.append(float(hidden[0, -1] @ keras.ops.convert_to_numpy(model.reward_head.kernel)[:, 0]))
     return rewards
 
 
@@ -103,7 +103,7 @@ def rewards_by_hand(model, rows):
 def test_a_reward_is_read_at_the_last_token_whatever_stands_beside_it(make_reward_model, shape):
     model = make_reward_model(shape)
     random = np.random.default_rng(0)
-    rows = [random.integers(4, 500, n).tolist() for n in (3, 16, 1, 7, 12)]
+    rows = [random.integers(4, 500, n).tolist() for n in (3, 16, 7)]
     received = model.score_tokens(rows, batch_size=2)
     assert received.dtype == np.float32
     np.testing.assert_allclose(received, rewards_by_hand(model, rows), atol=1e-5)

@@ -49,6 +49,7 @@ def test_without_recomputation_there_is_less_to_do(made):
     assert kept.executed_flops < made.executed_flops
 
 
+@pytest.mark.slow
 def test_microbatches_take_less_memory(made):
     cut = plan("gemma_tiny_en", "local_data", devices=jax.devices()[:1], accumulate=2, **SETTINGS)
     assert cut.accumulate == 2 and "2 microbatches" in str(cut)

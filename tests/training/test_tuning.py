@@ -29,7 +29,7 @@ def nats_of_an_answer(model, pack):
     return tokens * np.log(model.evaluate(PAIRS, batch_size=4, pack=pack, verbose=0, return_dict=True)["perplexity"])
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tuning_reaches_the_entropy_of_the_answers(make_model, pack):
     keras.utils.set_random_seed(0)
     model = make_model(hidden_dim=16, intermediate_dim=32)
