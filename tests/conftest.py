@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 # Keras reads it once, when it is first imported.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 # Tests make small models anew all the time: what one of them compiled, the others and their processes find again.
+# Most of the time goes into compiling programs that run once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -28,6 +28,7 @@ def test_the_wheel_carries_every_preset(wheel):
     assert {f"{tiny}/model.weights.h5", f"{tiny}/assets/tokenizer/vocabulary.spm"} <= names
 
 
-def test_the_trained_preset_is_small(wheel):
-    sizes = [entry.file_size for entry in wheel.infolist() if "presets/gemma_tiny_en/" in entry.filename]
+@pytest.mark.parametrize("name", ["gemma_tiny_en", "gemma_tiny_instruct_en"])
+def test_the_trained_presets_are_small(wheel, name):
+    sizes = [entry.file_size for entry in wheel.infolist() if f"presets/{name}/" in entry.filename]
     assert 1e6 < sum(sizes) <= LARGEST_PRESET

@@ -80,6 +80,7 @@ OFFICIAL = {
 
 TRAINED_HERE = {
     "gemma_tiny_en": "A small model trained in this repository on public-domain English; its weights are bundled.",
+    "gemma_tiny_instruct_en": "gemma_tiny_en, taught to define words by tuning and REINFORCE; its weights are bundled.",
 }
 
 

@@ -305,6 +305,17 @@ class GemmaRewardModel(keras_hub.models.Task):
 
     save_weights = distribution.written_once(keras_hub.models.Task.save_weights)
 
+    def save_task_weights(self, filepath):
+        """Saves the weights of the head. keras-hub would put the state of the optimizer beside them."""
+        keras.saving.save_weights(self, filepath, objects_to_skip=self._all_but_the_head())
+
+    def load_task_weights(self, filepath):
+        """Loads the weights of the head."""
+        keras.saving.load_weights(self, filepath, objects_to_skip=self._all_but_the_head())
+
+    def _all_but_the_head(self):
+        return [*self.backbone._flatten_layers(), self.optimizer]
+
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)
 

@@ -96,6 +96,23 @@ def clipped_losses(logps, sampled_logps, advantages, mask, clip):
     return -ops.sum(objective * ops.cast(mask, "float32"), axis=-1)
 
 
+def importance_ratios(logps, sampled_logps, mask, clip):
+    """How far a policy has gone from the one that sampled.
+
+    Args:
+        logps, sampled_logps, mask, clip: as of `clipped_losses`.
+
+    Returns:
+        A dict of float32 tensors `[N]`: `ratio`, the mean over the tokens of a response, and `clipped`, the share of
+        them that is `clip` or more from 1.
+    """
+    mask = ops.cast(mask, "float32")
+    lengths = ops.maximum(ops.sum(mask, axis=-1), 1.0)
+    ratios = ops.exp(ops.subtract(logps, sampled_logps))
+    far = ops.cast(ops.abs(ratios - 1.0) >= clip, "float32")
+    return {"ratio": ops.sum(ratios * mask, axis=-1) / lengths, "clipped": ops.sum(far * mask, axis=-1) / lengths}
+
+
 def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
     """`-log σ(β (log π/π_ref of the chosen - log π/π_ref of the rejected))` (Rafailov et al., arXiv 2305.18290,
     equation 7).
@@ -108,8 +125,16 @@ def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
     Returns:
         Float32 tensor `[N]`.
     """
-    ahead = ops.subtract(ops.subtract(chosen, reference_chosen), ops.subtract(rejected, reference_rejected))
-    return ops.softplus(ops.multiply(-beta, ahead))
+    return ops.softplus(ops.multiply(-beta, ahead(chosen, rejected, reference_chosen, reference_rejected)))
+
+
+def ahead(chosen, rejected, reference_chosen, reference_rejected):
+    """How much more the chosen answer gained over the reference than the rejected one, float32 `[N]` in nats.
+
+    Args:
+        chosen, rejected, reference_chosen, reference_rejected: as of `dpo_losses`.
+    """
+    return ops.subtract(ops.subtract(chosen, reference_chosen), ops.subtract(rejected, reference_rejected))
 
 
 class AdaptiveCoefficient:

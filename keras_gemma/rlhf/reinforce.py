@@ -5,18 +5,23 @@ prompts ─→ rollouts ─→ rewards ─→ minus β · KL ─→ advantages �
 
 import time
 
-import jax
-import keras
 import numpy as np
-from jax import lax
 
-from keras_gemma import kernels
 from keras_gemma.rlhf import objectives
+from keras_gemma.rlhf import rewards as rewarding
 from keras_gemma.rlhf import rollouts as rolling
-from keras_gemma.training.step import global_norm
+from keras_gemma.rlhf import rows
+from keras_gemma.rlhf.loop import Loop
+from keras_gemma.rlhf.policy_update import PolicyUpdate
+from keras_gemma.rlhf.policy_update import on_host
+from keras_gemma.rlhf.policy_update import placed
 
 BASELINES = ("leave_one_out", "moving_average")
 MOMENTUM = 0.9
+SETTINGS = (
+    "group_size", "baseline", "max_new_tokens", "temperature", "penalty_without_end", "microbatch_size", "updates",
+    "clip", "seed",
+)  # fmt: skip
 
 
 class ReinforceTrainer:
@@ -25,7 +30,8 @@ class ReinforceTrainer:
     Each step samples responses at full support, scores them, subtracts `kl_coefficient` times the KL estimate of the
     whole response, subtracts a baseline, and makes one step of the policy's optimizer, or several with clipped
     importance ratios. The reference of the KL is the policy as it is when the trainer is made: only weights that train
-    are copied, so that adapters cost next to nothing. JAX only.
+    are copied, so that adapters cost next to nothing. Runs under `keras.distribution`, if one is set before the policy
+    is made. JAX only.
 
     Args:
         policy: a compiled `GemmaCausalLM` with a preprocessor, and without dropout.
@@ -80,11 +86,8 @@ class ReinforceTrainer:
         clip=None,
         seed=0,
     ):
-        _refuse_policy(policy)
         _refuse_settings(group_size, baseline, max_new_tokens, temperature, microbatch_size, updates, clip)
-        if hasattr(reward, "score_tokens"):
-            _refuse_other_vocabulary(policy, reward)
-        elif not callable(reward):
+        if not (hasattr(reward, "score_tokens") or callable(reward)):
             raise ValueError(f"A reward is a `GemmaRewardModel` or a callable. Received: {reward!r}")
         adaptive = isinstance(kl_coefficient, objectives.AdaptiveCoefficient)
         self.policy = policy
@@ -101,17 +104,35 @@ class ReinforceTrainer:
         self.seed = seed
         self.step = 0
         self.samples = []
-        self._average = 0.0
+        self.update = PolicyUpdate(policy, self._loss, temperature)
+        if self._has_reward_model:
+            rewarding.refuse_other_vocabulary(policy, reward)
+        self._settings = {
+            **{name: getattr(self, name) for name in SETTINGS},
+            "kl_coefficient": vars(self.kl_coefficient).copy(),
+        }
+        self._average = None
         self._stop_token_ids = list(policy.preprocessor.tokenizer.stop_token_ids)
-        self._reference = [jax.numpy.array(v.value, copy=True) for v in policy.trainable_variables]
-        self._score = jax.jit(self._scores)
-        self._update = jax.jit(self._updated, donate_argnums=(0, 1))
-        policy.optimizer.build(policy.trainable_variables)
 
     # === The loop ===
 
-    def fit(self, prompts, batch_size=8, steps=None, epochs=1, callbacks=(), verbose="auto"):
+    def fit(
+        self,
+        prompts,
+        batch_size=8,
+        steps=None,
+        epochs=1,
+        callbacks=(),
+        verbose="auto",
+        checkpoints=None,
+        save_every_steps=10,
+    ):
         """Makes steps of `batch_size` prompts each.
+
+        With `checkpoints`, the same call in a new process goes on after a crash where the newest checkpoint was
+        written, and ends like a run that never crashed, to the bit: weights, optimizer, reference, samples, order of
+        the prompts, baseline, coefficient, history and what callbacks know are kept. What a reward callable knows is
+        not, but for Python's, NumPy's and Keras' global random numbers.
 
         Args:
             prompts: list of strings, or of dialogues that end with the user.
@@ -120,95 +141,135 @@ class ReinforceTrainer:
             epochs: int.
             callbacks: Keras callbacks. A step is a batch to them.
             verbose: as of `keras.Model.fit`.
+            checkpoints: optional path of a folder for the checkpoints of this run alone.
+            save_every_steps: int, steps between two of them.
 
         Returns:
             A `keras.callbacks.History` with the mean over each epoch of `reward`, `reward_std`, `penalised_reward`,
             `kl` (nats of a response), `kl_per_token`, `kl_coefficient`, `entropy` (nats of a token), `response_length`,
-            `ended` (share), `gradient_norm`, `loss`, `rollout_seconds`, `score_seconds` and `update_seconds`.
+            `ended` and `cut_off` (shares), `equal_groups` (the share of prompts whose responses are all rewarded
+            alike, which teach nothing but the KL), `gradient_norm`, `loss`, `rollout_seconds`, `score_seconds` and
+            `update_seconds`; with `clip`, of the last update, `ratio` (mean importance ratio of a token) and `clipped`
+            (share of tokens).
 
         Raises:
             ValueError: for no prompts, empty ones, those that leave no room, and rewards that are not one finite number
                 for each response.
+            DamagedCheckpointError, ForeignCheckpointError, CheckpointNotSavedError: about checkpoints.
+            NonFiniteLossError: at a loss or a weight that is NaN or infinite.
         """
-        rows = self._checked(prompts, batch_size)
+        self._prompts, self._rows, self._batch_size = prompts, self._checked(prompts, batch_size), batch_size
         steps = steps or len(prompts) // batch_size
-        verbose = 1 if verbose == "auto" else verbose
-        callbacks = keras.callbacks.CallbackList(
-            list(callbacks),
-            add_history=True,
-            add_progbar=verbose != 0,
-            verbose=verbose,
-            epochs=epochs,
-            steps=steps,
-            model=self.policy,
-        )
-        self.policy.stop_training = False
-        callbacks.on_train_begin()
-        for epoch in range(epochs):
-            callbacks.on_epoch_begin(epoch)
-            sums = {}
-            for index in range(steps):
-                callbacks.on_train_batch_begin(index)
-                logs = self.train_on(self._drawn(prompts, rows, batch_size))
-                sums = {name: sums.get(name, 0.0) + value for name, value in logs.items()}
-                callbacks.on_train_batch_end(index, logs)
-            callbacks.on_epoch_end(epoch, {name: value / steps for name, value in sums.items()})
-            if self.policy.stop_training:
-                break
-        callbacks.on_train_end()
-        return self.policy.history
+        data = {"prompts": self._rows, "batch_size": batch_size}
+        return Loop(self, data, steps, epochs, callbacks, verbose, checkpoints, save_every_steps).run()
 
     def _checked(self, prompts, batch_size):
         """Token ids of all prompts, before anything is trained."""
+        if not isinstance(prompts, (list, tuple)):
+            raise ValueError(f"Prompts are a list of strings or dialogues. Received: {type(prompts).__name__}")
         if not 1 <= batch_size <= len(prompts):
             raise ValueError(f"A batch has 1 to all prompts. Received: batch_size={batch_size}, {len(prompts)} prompts")
-        preprocessor = self.policy.preprocessor
-        rows = [preprocessor.prompt_ids(prompt) for prompt in prompts]
-        limits = [preprocessor.sequence_length - self.max_new_tokens]
-        if hasattr(self.reward, "score_tokens") and self.reward.preprocessor is not None:
-            # A response without an end is given one to be scored.
-            limits.append(self.reward.preprocessor.sequence_length - self.max_new_tokens - 1)
-        for number, (prompt, row) in enumerate(zip(prompts, rows)):
-            if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-                raise ValueError(f"A prompt says something. Received: {prompt!r}, number {number}")
-            if len(row) > min(limits):
-                raise ValueError(
-                    f"A prompt leaves room for `max_new_tokens={self.max_new_tokens}` in the `sequence_length` of "
-                    f"policy and reward model: it has at most {min(limits)} tokens. Received one of {len(row)}, "
-                    f"number {number}"
-                )
-        return rows
+        return [self._row(number, prompt) for number, prompt in enumerate(prompts)]
 
-    def _drawn(self, prompts, rows, batch_size):
-        """The prompts of a step, and their ids: each pass over all of them in an order of its own."""
-        steps_of_pass = len(prompts) // batch_size
+    def _row(self, number, prompt):
+        if not prompt or not isinstance(prompt, (str, list)) or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(f"A prompt says something. Received: {prompt!r}, number {number}")
+        row = self.policy.preprocessor.prompt_ids(prompt)
+        if len(row) > self._longest_prompt:
+            raise ValueError(
+                f"A prompt leaves room for `max_new_tokens={self.max_new_tokens}` in the `sequence_length` of policy "
+                f"and reward model: it has at most {self._longest_prompt} tokens. Received one of {len(row)}, number "
+                f"{number}"
+            )
+        return row
+
+    @property
+    def _longest_prompt(self):
+        longest = self.policy.preprocessor.sequence_length - self.max_new_tokens
+        if self._has_reward_model and self.reward.preprocessor is not None:
+            # A response without an end is given one to be scored.
+            longest = min(longest, self.reward.preprocessor.sequence_length - self.max_new_tokens - 1)
+        return longest
+
+    @property
+    def _has_reward_model(self):
+        return hasattr(self.reward, "score_tokens")
+
+    def make_step(self):
+        """Makes the next step of `fit`: each pass over all prompts has an order of its own."""
+        steps_of_pass = len(self._prompts) // self._batch_size
         number, place = divmod(self.step, steps_of_pass)
-        order = np.random.default_rng((self.seed, number)).permutation(len(prompts))
-        chosen = order[place * batch_size : (place + 1) * batch_size]
-        return [prompts[i] for i in chosen], [rows[i] for i in chosen]
+        order = np.random.default_rng((self.seed, number)).permutation(len(self._prompts))
+        chosen = order[place * self._batch_size : (place + 1) * self._batch_size]
+        return self.train_on([self._prompts[i] for i in chosen], [self._rows[i] for i in chosen])
+
+    # === What a checkpoint has ===
+
+    @property
+    def reference(self):
+        return self.update.reference
+
+    def settings(self):
+        """What has to be equal for a run to go on exactly, for json."""
+        return self._settings
+
+    def state(self):
+        """What it knows besides weights and steps, for json."""
+        return {"average": self._average, "kl_coefficient": self.kl_coefficient.value}
+
+    def restore(self, state, reference):
+        """Takes `state` and `reference` back."""
+        self._average = state["average"]
+        self.kl_coefficient.value = state["kl_coefficient"]
+        self.update.reference = reference
 
     # === One step ===
 
-    def train_on(self, drawn):
-        """Makes one step with prompts and their token ids; returns what is logged of it, a dict of floats."""
-        prompts, rows = drawn
+    def sample(self, prompts, seed, of_reference=False):
+        """Texts that the policy, or its reference, writes: one for each prompt, a list of strings.
+
+        Args:
+            prompts: list of strings or dialogues.
+            seed: int. Equal seeds give equal texts.
+            of_reference: bool.
+        """
+        token_ids = self._checked(prompts, 1)
+        if of_reference:
+            with self.update.as_reference():
+                rollouts = self._rollouts(token_ids, 1, seed)
+        else:
+            rollouts = self._rollouts(token_ids, 1, seed)
+        return [self.policy.preprocessor.decode(response) for response in rollouts.responses]
+
+    def train_on(self, prompts, token_ids):
+        """Makes one step.
+
+        Args:
+            prompts: list of strings or dialogues.
+            token_ids: list of lists of ints, of the same prompts.
+
+        Returns:
+            A dict of floats, as of `fit`.
+        """
         began = time.monotonic()
         seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0] >> 1)
-        rollouts = rolling.sample(
-            self.policy, rows, self.group_size, self.max_new_tokens, self.temperature, self._stop_token_ids, seed
-        )
+        rollouts = self._rollouts(token_ids, self.group_size, seed)
         sampled = time.monotonic()
-        batch = rollouts.microbatches(self.microbatch_size)
-        logps, entropies = self._score(self._trainable(), batch)
-        reference_logps, _ = self._score(self._reference, batch)
-        kl = _rows(objectives.sequence_kl(logps, reference_logps, batch["mask"]), len(rollouts))
-        rewards = self._rewards(prompts, rollouts)
+        batch = placed(rollouts.microbatches(self.microbatch_size))
+        batch["sampled_logps"], entropies = self.update.log_probabilities(batch)
+        reference_logps, _ = self.update.log_probabilities(batch, of_reference=True)
+        kl = objectives.sequence_kl(batch["sampled_logps"], reference_logps, batch["mask"])
+        kl, entropy = on_host((kl, (entropies * batch["mask"]).sum()))
+        kl = rows.of_responses(kl, len(rollouts))
+        rewards = rewarding.of_rollouts(
+            self.reward, self.policy, prompts, rollouts, self.group_size, self.microbatch_size
+        )
         scored = time.monotonic()
         coefficient = self.kl_coefficient.value
         penalised = (rewards - coefficient * kl - self.penalty_without_end * ~rollouts.ended).astype("float32")
-        batch["advantages"] = _as_microbatches(self._advantages(penalised), batch["row_weights"])
+        batch["advantages"] = rows.in_rows(self._advantages(penalised), batch)
         for _ in range(self.updates):
-            loss, norm = self._apply(batch, logps)
+            of_update = self.update.step(batch)
         self.kl_coefficient.update(float(kl.mean()))
         self.step += 1
         self._remember(prompts, rollouts, rewards, kl)
@@ -220,47 +281,30 @@ class ReinforceTrainer:
             "kl": float(kl.mean()),
             "kl_per_token": float(kl.sum() / actions),
             "kl_coefficient": coefficient,
-            "entropy": float(np.sum(entropies * batch["mask"]) / actions),
+            "entropy": float(entropy / actions),
             "response_length": float(rollouts.lengths.mean()),
             "ended": float(rollouts.ended.mean()),
-            "loss": float(loss),
-            "gradient_norm": float(norm),
+            "cut_off": float(1 - rollouts.ended.mean()),
+            "equal_groups": float((np.ptp(rewards.reshape(-1, self.group_size), axis=1) == 0).mean()),
+            **of_update,
             "rollout_seconds": sampled - began,
             "score_seconds": scored - sampled,
             "update_seconds": time.monotonic() - scored,
         }
 
-    def _rewards(self, prompts, rollouts):
-        """Float32 array `[N]`."""
-        if hasattr(self.reward, "score_tokens"):
-            end = self.policy.preprocessor.tokenizer.end_token_id
-            rows = [
-                prompt + response + ([] if ended else [end])
-                for prompt, response, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended)
-            ]
-            rewards = self.reward.score_tokens(rows, self.microbatch_size)
-        else:
-            texts = [self.policy.preprocessor.decode(response) for response in rollouts.responses]
-            repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
-            rewards = np.asarray(self.reward(repeated, texts), "float32")
-        if rewards.shape != (len(rollouts),):
-            raise ValueError(
-                f"A reward is one number for each of {len(rollouts)} responses. Received: shape {rewards.shape}"
-            )
-        if not np.isfinite(rewards).all():
-            first = int(np.argmin(np.isfinite(rewards)))
-            raise ValueError(
-                f"Rewards are finite. Received: {rewards[first]} for "
-                f"{self.policy.preprocessor.decode(rollouts.responses[first])!r}"
-            )
-        return rewards
+    def _rollouts(self, token_ids, group_size, seed):
+        return rolling.sample(
+            self.policy, token_ids, group_size, self.max_new_tokens, self.temperature, self._stop_token_ids, seed
+        )
 
     def _advantages(self, penalised):
         if self.baseline == "leave_one_out":
             return np.array(objectives.leave_one_out(penalised, self.group_size))
-        advantages = penalised - self._average
-        self._average = MOMENTUM * self._average + (1 - MOMENTUM) * float(penalised.mean())
-        return advantages
+        mean = float(penalised.mean())
+        # Before there are earlier steps, nothing is known of how good a response usually is.
+        before = 0.0 if self._average is None else self._average
+        self._average = mean if self._average is None else MOMENTUM * self._average + (1 - MOMENTUM) * mean
+        return penalised - before
 
     def _remember(self, prompts, rollouts, rewards, kl):
         decode = self.policy.preprocessor.decode
@@ -275,104 +319,42 @@ class ReinforceTrainer:
             for i in range(len(rollouts))
         ]
 
-    def _apply(self, batch, sampled_logps):
-        trainable, optimizer_variables, loss, norm = self._update(
-            self._trainable(), [v.value for v in self.policy.optimizer.variables], batch, sampled_logps
-        )
-        for variable, value in zip(self.policy.trainable_variables, trainable):
-            variable.assign(value)
-        for variable, value in zip(self.policy.optimizer.variables, optimizer_variables):
-            variable.assign(value)
-        return loss, norm
-
-    def _trainable(self):
-        return [variable.value for variable in self.policy.trainable_variables]
-
-    # === Programs ===
-
-    def _scores(self, trainable, batch):
-        """Log-probabilities and entropies `[M, R, T]` of what was sampled, under given weights."""
-
-        def of_microbatch(rows):
-            with self._with(trainable):
-                return kernels.token_log_probabilities(*self._states(rows, training=False), rows["targets"])
-
-        return lax.map(of_microbatch, batch)
-
-    def gradients(self, trainable, batch, sampled_logps):
-        """Loss, its gradients and nothing else, of microbatches with `advantages` `[M, R]`.
-
-        The gradient goes through the vocabulary as that of a weighted cross-entropy: the weight of a token is the
-        derivative of the loss by its log-probability.
-        """
-
-        def objective(trainable, rows):
-            with self._with(trainable):
-                hidden, embeddings = self._states(rows, training=True)
-                logps, _ = kernels.token_log_probabilities(hidden, embeddings, rows["targets"])
-                loss, slopes = jax.value_and_grad(self._loss)(logps, rows)
-                return kernels.vocabulary_loss(hidden, embeddings, rows["targets"], -slopes).objective, loss
-
-        def add_microbatch(carry, rows):
-            (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(trainable, rows)
-            return (carry[0] + loss, [total + new for total, new in zip(carry[1], gradients)]), None
-
-        start = jax.numpy.float32(0), [jax.numpy.zeros_like(value) for value in trainable]
-        (loss, gradients), _ = lax.scan(add_microbatch, start, {**batch, "sampled_logps": sampled_logps})
-        return loss, gradients
-
-    def _loss(self, logps, rows):
+    def _loss(self, logps, microbatch):
+        """A microbatch's part of the loss, and of metrics."""
+        advantages, mask = microbatch["advantages"], microbatch["mask"]
+        weights = microbatch["row_weights"]
         if self.clip is None:
-            losses = objectives.reinforce_losses(logps, rows["advantages"], rows["mask"])
-        else:
-            losses = objectives.clipped_losses(
-                logps, rows["sampled_logps"], rows["advantages"], rows["mask"], self.clip
-            )
-        return jax.numpy.sum(rows["row_weights"] * losses)
-
-    def _updated(self, trainable, optimizer_variables, batch, sampled_logps):
-        loss, gradients = self.gradients(trainable, batch, sampled_logps)
-        norm = global_norm(gradients)
-        trainable, optimizer_variables = self.policy.optimizer.stateless_apply(
-            optimizer_variables, gradients, trainable
-        )
-        return trainable, optimizer_variables, loss, norm
-
-    def _with(self, trainable):
-        return keras.StatelessScope(state_mapping=list(zip(self.policy.trainable_variables, trainable)))
-
-    def _states(self, rows, training):
-        """Hidden states `[R, T, D]`, at the temperature, and the embeddings that make logits of them."""
-        backbone = self.policy.backbone
-        x = {"token_ids": rows["token_ids"], "padding_mask": rows["padding_mask"]}
-        return backbone(x, training=training) / self.temperature, backbone.token_embedding.embeddings
+            return (weights * objectives.reinforce_losses(logps, advantages, mask)).sum(), {}
+        sampled = microbatch["sampled_logps"]
+        losses = objectives.clipped_losses(logps, sampled, advantages, mask, self.clip)
+        metrics = objectives.importance_ratios(logps, sampled, mask, self.clip)
+        return (weights * losses).sum(), {name: (weights * values).sum() for name, values in metrics.items()}
 
 
-def _rows(values, count):
-    """The first `count` of `[M, R]` as a NumPy array."""
-    return np.asarray(values).reshape(-1)[:count]
+def rloo_trainer(policy, reward, group_size=4, **kwargs):
+    """REINFORCE with leave-one-out baselines and nothing else (Ahmadian et al., arXiv 2402.14740).
+
+    Args:
+        policy, reward, group_size, **kwargs: as of `ReinforceTrainer`, but for `baseline`.
+
+    Returns:
+        A `ReinforceTrainer`.
+    """
+    return ReinforceTrainer(policy, reward, group_size=group_size, baseline="leave_one_out", **kwargs)
 
 
-def _as_microbatches(values, like):
-    padded = np.zeros(like.size, "float32")
-    padded[: len(values)] = values
-    return padded.reshape(like.shape)
+def ppo_trainer(policy, reward, updates=4, clip=0.2, **kwargs):
+    """Several updates for each batch of rollouts, with the clipped ratios of PPO (Schulman et al., arXiv 1707.06347).
 
+    There is no critic: the baseline is that of `ReinforceTrainer`, and the advantage one for all tokens of a response.
 
-def _refuse_policy(policy):
-    if keras.backend.backend() != "jax":
-        raise ValueError(f"Policies are trained on JAX. Received: the backend {keras.backend.backend()}")
-    if policy.preprocessor is None or policy.optimizer is None:
-        raise ValueError(
-            "A policy has a preprocessor and an optimizer. Received one without: give it one, `compile` it"
-        )
-    if policy.backbone.dropout:
-        raise ValueError(
-            "With dropout, what is learned from is not what sampled. "
-            f"Received: a policy with dropout={policy.backbone.dropout}"
-        )
-    if policy.backbone.token_embedding.quantization_mode is not None:
-        raise ValueError("A policy trains in floating point. Received: a quantised one")
+    Args:
+        policy, reward, updates, clip, **kwargs: as of `ReinforceTrainer`.
+
+    Returns:
+        A `ReinforceTrainer`.
+    """
+    return ReinforceTrainer(policy, reward, updates=updates, clip=clip, **kwargs)
 
 
 def _refuse_settings(group_size, baseline, max_new_tokens, temperature, microbatch_size, updates, clip):
@@ -390,11 +372,3 @@ def _refuse_settings(group_size, baseline, max_new_tokens, temperature, microbat
         raise ValueError(f"Several updates for one batch of rollouts need `clip`. Received: updates={updates}, no clip")
     if clip is not None and not 0 < clip < 1:
         raise ValueError(f"`clip` is between 0 and 1. Received: {clip}")
-
-
-def _refuse_other_vocabulary(policy, reward):
-    theirs = getattr(reward.preprocessor, "tokenizer", None)
-    if theirs is not None and theirs.proto != policy.preprocessor.tokenizer.proto:
-        raise ValueError(
-            "A reward model reads the very tokens that the policy wrote, so both have one vocabulary. Received: two"
-        )

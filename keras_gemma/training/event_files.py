@@ -45,6 +45,16 @@ class EventFiles:
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._writers[run].add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
 
+    def write_text(self, run, step, name, text):
+        """Adds Markdown, a string, at `step` to the texts called `name`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.text.summary import text_pb
+
+        if not _is_first_process():
+            return
+        self.open(run)
+        self._writers[run].add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, text)))
+
     def close(self):
         """Writes what is held back. The next point opens a file of its own."""
         for writer in self._writers.values():

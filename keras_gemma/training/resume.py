@@ -11,7 +11,6 @@ import time
 
 import jax
 import keras
-import numpy as np
 
 from keras_gemma import data
 from keras_gemma import distribution
@@ -207,7 +206,7 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
 
     def _restore(self):
         run = self._checkpoint.run
-        extra = {"callbacks": _empty_arrays(run["callback_arrays"])}
+        extra = {"callbacks": run_state.empty_arrays(run["callback_arrays"])}
         wanted = {**run_state.places_for_arrays(self.model), **extra}
         arrays = self._folder.read_variables(self._checkpoint.step, wanted)
         run_state.assign(self.model, arrays)
@@ -278,7 +277,7 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
             "stopped": bool(self.model.stop_training),
             "logs": {name: float(value) for name, value in self._logs.items()},
             "callbacks": self._states.plain(),
-            "callback_arrays": {name: [array.shape, str(array.dtype)] for name, array in arrays.items()},
+            "callback_arrays": run_state.described_arrays(arrays),
         }
         host = {
             "data": _about(self._batches),
@@ -314,10 +313,6 @@ def _refuse_to_validate_from_an_iterator(validation_data):
             "lists or arrays of examples, a `keras.utils.PyDataset`, a `tf.data.Dataset` or a Grain data set. "
             f"Received: {type(validation_data).__name__}"
         )
-
-
-def _empty_arrays(described):
-    return {name: np.empty(shape, dtype) for name, (shape, dtype) in described.items()}
 
 
 def exact_resume_among(callbacks):

@@ -63,6 +63,16 @@ def assign(model, arrays):
             variable.assign(arrays[group][_key(index, variable)])
 
 
+def described_arrays(arrays):
+    """Shapes and dtypes of a dict of arrays, for json."""
+    return {name: [array.shape, str(array.dtype)] for name, array in arrays.items()}
+
+
+def empty_arrays(described):
+    """NumPy arrays of the shapes and dtypes that `described_arrays` told."""
+    return {name: np.empty(shape, dtype) for name, (shape, dtype) in described.items()}
+
+
 def all_finite(model):
     """Whether no weight is NaN or infinite."""
     model.jax_state_sync()

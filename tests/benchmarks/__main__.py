@@ -3,6 +3,7 @@
     python tests/benchmarks                        # everything, about half an hour on two cores
     python tests/benchmarks --only generation --repeats 5
     python tests/benchmarks --only planning        # compiled for TPUs, with the extra `plan`; half an hour more
+    python tests/benchmarks --only post_training   # beside TRL: `pip install trl` first
 
 Prints a table of ratios and writes `results.json` and `results.png` into `--output`.
 """
@@ -19,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import depth
 import generation
 import planning
+import post_training
 import processes
 import training
 
@@ -28,11 +30,12 @@ BENCHMARKS = {
     "processes": processes,
     "depth": depth,
     "planning": planning,
+    "post_training": post_training,
 }
 # They compare more than two numbers.
-WITH_OWN_TABLE = ("depth", "planning")
-# Takes as long as the others together, and another library.
-WHEN_ASKED_FOR = ("planning",)
+WITH_OWN_TABLE = ("depth", "planning", "post_training")
+# They take other libraries, and as long as the others together.
+WHEN_ASKED_FOR = ("planning", "post_training")
 
 
 def rows_of(name, results):

@@ -41,7 +41,6 @@ def test_keras_hub_to_keras_gemma_and_back(preset, tmp_path, logits):
     np.testing.assert_allclose(logits(back), expected, atol=1e-6)
 
 
-@pytest.mark.multi_backend
 @ONE_SHAPE
 def test_a_loaded_model_learns(preset):
     model = GemmaCausalLM.from_preset(preset)
@@ -140,7 +139,6 @@ def test_names_of_keras_nlp(preset, logits):
     assert model.preprocessor.sequence_length == 24
 
 
-@pytest.mark.multi_backend
 @ONE_SHAPE
 def test_int8(preset, tmp_path, logits):
     reference = keras_hub.models.GemmaCausalLM.from_preset(str(preset))

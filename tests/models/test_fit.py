@@ -198,9 +198,12 @@ def test_a_loss_of_ones_own_is_used(make_model):
     assert loss == pytest.approx(7.0 * weights.mean(), rel=1e-4)
 
 
-@pytest.mark.multi_backend
 @pytest.mark.parametrize(
-    "policy, optimizer", [("mixed_bfloat16", keras.optimizers.Adam), ("bfloat16", keras.optimizers.Lion)]
+    "policy, optimizer",
+    [
+        pytest.param("mixed_bfloat16", keras.optimizers.Adam, marks=pytest.mark.multi_backend),
+        ("bfloat16", keras.optimizers.Lion),
+    ],
 )
 def test_bfloat16_policies_train(make_model, policy, optimizer):
     model = make_model(dtype=policy)

@@ -224,6 +224,18 @@ def test_a_preset_keeps_the_head(make_reward_model, tmp_path):
     assert again.preprocessor.sequence_length == 16
 
 
+def test_a_preset_has_no_state_of_the_optimizer(make_reward_model, tmp_path, recwarn):
+    model = make_reward_model()
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit(PAIRS, batch_size=5, verbose=0)
+    model.save_to_preset(tmp_path / "preset")
+    head = model.reward_head.kernel
+    assert (tmp_path / "preset" / "task.weights.h5").stat().st_size < 4 * head.shape[0] + 20_000
+    again = GemmaRewardModel.from_preset(tmp_path / "preset")
+    np.testing.assert_array_equal(again.reward_head.kernel, head)
+    assert not [warning for warning in recwarn if "optimizer" in str(warning.message)]
+
+
 def test_any_preset_becomes_a_reward_model(make_model, tmp_path):
     policy = make_model()
     policy.save_to_preset(tmp_path / "preset")

@@ -1,0 +1,345 @@
+"""The small Gemma learns to define words: supervised tuning, a reward model, and REINFORCE against it.
+
+    apt-get update                         # as root, once: the dictionary is a Debian package
+    pip install -e '.[examples]'
+    python examples/rlhf.py
+
+Prompts are words, responses their first definitions in WordNet 3.0. A reward model learns pairs of the word's own
+definition and, for three words of four, what the tuned model writes for the word at temperature 1.3, for the fourth the
+definition of another word of the same part of speech and length; length tells in neither which is the better one. A
+second one, the rater, learns other pairs of other words, and nothing learns from it.
+
+Expected: progress bars for about 17 minutes on 2 cores (tuning 5, pairs 4, reward model 3, rater 2, REINFORCE 1,
+judgement 1; that was with other work beside it, one stage after another in several sittings: a finished stage is kept
+and not run again). Then a table of held-out words, 95% intervals in brackets:
+
+- perplexity of 1,765 definitions: 344.9 before, 37.2 tuned, 41.4 after REINFORCE;
+- pair accuracy of the reward model: 0.709 (0.685 to 0.732), 0.798 where a model wrote the rejected answer and 0.495,
+  which is nothing, where it is another word's: it learned how definitions read, not which word they belong to;
+- the rater's mean reward of drawn answers to 1,000 words: 0.227 tuned, 0.802 (0.763 to 0.839) after REINFORCE, at a KL
+  of 1.3 nats; win rate against the tuned model 0.773 (0.747 to 0.796).
+
+With `--steps 60` the win rate was 0.835 at 2.8 nats and the perplexity 46.7, but eight of the twelve greedy samples had
+"a person who is a person", which both judges liked: the model ships after 30.
+
+Weights in bfloat16, README with samples, curves (`tuning_curve.png`, `reinforce_curve.png`) and `result.json` lie in
+`presets/gemma_tiny_instruct_en`.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from keras_gemma import startup
+
+startup.leave_out_tensorflow()
+
+import csv
+import json
+
+import keras
+import numpy as np
+from tiny import definitions
+from tiny import judging
+from tiny import rlhf_report
+from tiny.dictionary import fetch_dictionary
+from tiny.dictionary import one_word_per_definition
+from tiny.dictionary import open_dictionary
+from tiny.dictionary import read_words
+from tiny.dictionary import split
+from tiny.options import Options
+from tiny.options import run
+from tiny.phases import Phases
+from tiny.report import write_preset
+
+from keras_gemma import GemmaCausalLM
+from keras_gemma import GemmaRewardModel
+from keras_gemma import data
+from keras_gemma import training
+from keras_gemma.rlhf import ReinforceTrainer
+
+SEED = 2403_08295 % 2**31
+# Of the definitions: what each stage sees, no two of them the same.
+SHARES = {"tuning": 0.55, "reward": 0.1, "rater": 0.1, "policy": 0.2, "held_out": 0.05}
+TUNING = dict(epochs=1, batch_size=16, learning_rate=2e-3)
+TUNING_ROW = 64
+PAIRS = dict(batch_size=8, learning_rate=1e-3, warmup=0.1, centring=0.01)
+POLICY = dict(learning_rate=2e-4, kl_coefficient=0.1, group_size=4, penalty_without_end=2.0, microbatch_size=64)
+PROMPTS_PER_STEP = 16
+STEPS_BETWEEN_REPORTS = 5
+PROMPTS_TO_JUDGE = 1000
+ROWS_TO_SCORE = 64
+SAMPLES = 12
+SHIPPED_ROW = 256
+
+
+def main(options):
+    settings = {"preset": options.preset, "words": options.words, "steps": options.steps, "seed": SEED}
+    phases = Phases(options.work_dir, settings)
+    dictionary = open_dictionary(options.dictionary) if options.dictionary else fetch_dictionary()
+    parts = words_of(dictionary, options.preset, options.words)
+
+    tuned = phases.run("tuned", lambda folder: tune_on_definitions(folder, options.preset, parts))
+    pairs = phases.run("pairs", lambda folder: make_pairs(folder, tuned, parts))
+    reward = phases.run("reward", lambda folder: train_on_pairs(folder, tuned, pairs, "reward"))
+    rater = phases.run("rater", lambda folder: train_on_pairs(folder, tuned, pairs, "rater"))
+    policy = phases.run("policy", lambda folder: reinforce(folder, tuned, reward, rater, parts, options.steps))
+
+    judged = phases.run("judged", lambda folder: judge(folder, tuned, reward, rater, policy, pairs, parts))
+    result = {**read_json(judged / "result.json"), "seconds": phases.seconds(), "run": settings_in_words(options.steps)}
+    rlhf_report.publish(options.preset_dir, judged / "preset", tuned, policy, result, dictionary.licence)
+    print(rlhf_report.table(result))
+
+
+# === Words ===
+
+
+def words_of(dictionary, preset, most):
+    """The words of each part that fit into a row, in no order of meaning; of the held-out ones one a definition."""
+    preprocessor = GemmaCausalLM.preprocessor_cls.from_preset(preset)
+    words = read_words(dictionary)
+    fitting = [word for word in words if definitions.fits(word, preprocessor)]
+    print(f"{len(fitting):,} of {len(words):,} words have room in rows of {definitions.ROW} tokens")
+    parts = split(fitting, SHARES)
+    parts["held_out"] = one_word_per_definition(parts["held_out"])
+    parts = {name: part[:most] for name, part in parts.items()}
+    print(", ".join(f"{name} {len(part):,}" for name, part in parts.items()))
+    return parts
+
+
+# === Supervised tuning ===
+
+
+def tune_on_definitions(folder, preset, parts):
+    """Every weight learns the definitions; the loss counts them alone, their ends included."""
+    keras.utils.set_random_seed(SEED)
+    model = GemmaCausalLM.from_preset(preset, dtype="float32", sequence_length=TUNING_ROW)
+    examples, dropped = data.tuning_examples(definitions.as_examples(parts["tuning"]), model.preprocessor)
+    print(dropped)
+    held_out = definitions.as_examples(parts["held_out"])
+    model.compile()
+    before = perplexity(model, held_out)
+    curve = LossCurve()
+    training.tune(model, examples, callbacks=[curve], **TUNING)
+    after = perplexity(model, held_out)
+    print(f"perplexity of {len(parts['held_out']):,} held-out definitions: {before:.1f} before, {after:.1f} after")
+    write_json(folder / "perplexity.json", {"base": before, "tuned": after})
+    curve.save(folder / "loss.json")
+    model.save_to_preset(folder / "preset")
+
+
+class LossCurve(keras.callbacks.Callback):
+    """Keeps the loss of a single epoch, step by step."""
+
+    def on_train_begin(self, logs=None):
+        self.means = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.means.append(logs["loss"])
+
+    def save(self, path):
+        """Keras logs the mean over the epoch so far; the file has what every step added to it."""
+        sums = np.array(self.means) * np.arange(1, len(self.means) + 1)
+        write_json(path, np.diff(sums, prepend=0.0).tolist())
+
+
+def perplexity(model, examples):
+    """Of the responses, their ends included."""
+    return model.evaluate(examples, batch_size=16, pack=True, verbose=0, return_dict=True)["perplexity"]
+
+
+# === Reward models ===
+
+
+def make_pairs(folder, tuned, parts):
+    """Pairs of the words of three parts; most of the answers that are rejected are the tuned model's."""
+    model = GemmaCausalLM.from_preset(tuned / "preset")
+    for number, name in enumerate(["reward", "rater", "held_out"]):
+        pairs = definitions.pairs_of(parts[name], model, seed=SEED + number)
+        print(f"{len(pairs):,} pairs of {name}: the longer one is the better in {share_longer_by_kind(pairs)}")
+        write_json(folder / f"{name}.json", pairs)
+
+
+def share_longer_by_kind(pairs):
+    shares = {kind: definitions.share_longer(pairs_of) for kind, pairs_of in by_kind(pairs).items()}
+    return ", ".join(f"{share:.3f} of {kind}" for kind, share in shares.items())
+
+
+def by_kind(pairs):
+    kinds = [kind for kind in definitions.KINDS if any(pair["kind"] == kind for pair in pairs)]
+    return {kind: [pair for pair in pairs if pair["kind"] == kind] for kind in kinds}
+
+
+def train_on_pairs(folder, tuned, pairs_folder, name):
+    """A reward model that begins as the tuned model. Reward and rater differ in their words, pairs and seed."""
+    keras.utils.set_random_seed(SEED + len(name))
+    model = GemmaRewardModel.from_preset(tuned / "preset", sequence_length=definitions.ROW)
+    pairs, dropped = data.preference_pairs(read_json(pairs_folder / f"{name}.json"), model.preprocessor)
+    print(dropped)
+    steps = -(-len(pairs) // PAIRS["batch_size"])
+    rate = training.WarmUp(PAIRS["learning_rate"], warmup_steps=int(PAIRS["warmup"] * steps), total_steps=steps)
+    model.compile(training.AdamW(rate, weight_decay=0.0), centring=PAIRS["centring"])
+    model.fit(pairs, batch_size=PAIRS["batch_size"])
+    model.save_to_preset(folder / "preset")
+
+
+# === REINFORCE ===
+
+
+def reinforce(folder, tuned, reward, rater, parts, steps):
+    """The tuned model is rewarded for definitions that it writes; the rater looks on, and nothing learns from it."""
+    policy = GemmaCausalLM.from_preset(tuned / "preset", sequence_length=definitions.ROW)
+    policy.compile(keras.optimizers.Adam(POLICY["learning_rate"], global_clipnorm=1.0))
+    settings = {name: value for name, value in POLICY.items() if name != "learning_rate"}
+    trainer = ReinforceTrainer(
+        policy,
+        GemmaRewardModel.from_preset(reward / "preset"),
+        max_new_tokens=definitions.MOST_NEW_TOKENS,
+        seed=SEED,
+        **settings,
+    )
+    trainer.fit(
+        [*map(definitions.prompt_of, parts["policy"])],
+        batch_size=PROMPTS_PER_STEP,
+        steps=STEPS_BETWEEN_REPORTS,
+        epochs=steps // STEPS_BETWEEN_REPORTS,
+        callbacks=[
+            HeldOutRater(trainer, judge_of_texts(rater)),
+            keras.callbacks.CSVLogger(folder / "log.csv"),
+        ],
+        verbose=2,
+    )
+    write_json(folder / "steps.json", trainer.step)
+    policy.save_to_preset(folder / "preset")
+
+
+class HeldOutRater(keras.callbacks.Callback):
+    """Logs what the rater makes of the samples of the last step."""
+
+    def __init__(self, trainer, rater):
+        super().__init__()
+        self.trainer = trainer
+        self.rater = rater
+
+    def on_epoch_end(self, epoch, logs=None):
+        prompts, responses = ([sample[name] for sample in self.trainer.samples] for name in ("prompt", "response"))
+        logs["rater"] = float(self.rater.score(prompts, responses, ROWS_TO_SCORE).mean())
+
+
+# === Judgement ===
+
+
+def judge(folder, tuned, reward, rater, policy, pairs, parts):
+    """Everything that is stated of held-out words, of the policy as it is shipped: its weights in bfloat16."""
+    trained = GemmaCausalLM.from_preset(policy / "preset", sequence_length=SHIPPED_ROW)
+    write_preset(trained, trained.preprocessor, folder / "preset")
+    shipped = GemmaCausalLM.from_preset(folder / "preset", dtype="float32", sequence_length=TUNING_ROW)
+    shipped.compile()
+    judges = {name: judge_of_texts(at) for name, at in {"reward": reward, "rater": rater}.items()}
+    held_out_pairs = by_kind(read_json(pairs / "held_out.json"))
+    result = {
+        "words": {name: len(part) for name, part in parts.items()},
+        "pairs": {name: len(read_json(pairs / f"{name}.json")) for name in ("reward", "rater", "held_out")},
+        "perplexity": {
+            **read_json(tuned / "perplexity.json"),
+            "policy": perplexity(shipped, definitions.as_examples(parts["held_out"])),
+        },
+        "longer": {kind: definitions.share_longer(part) for kind, part in held_out_pairs.items()},
+        "accuracy": {name: accuracies(one, held_out_pairs) for name, one in judges.items()},
+        "kl": last_kl(policy / "log.csv"),
+        "prompts": len(parts["held_out"][:PROMPTS_TO_JUDGE]),
+        **side_by_side(shipped, tuned, judges, parts["held_out"][:PROMPTS_TO_JUDGE]),
+    }
+    write_json(folder / "result.json", result)
+
+
+def judge_of_texts(folder):
+    """A trained reward model, with room for texts that take more tokens than they were written with."""
+    return GemmaRewardModel.from_preset(folder / "preset", sequence_length=2 * definitions.ROW)
+
+
+def accuracies(judge, pairs_by_kind):
+    """The share of held-out pairs whose better answer is rewarded more: of all, and by kind."""
+    rewards = {
+        kind: [rewards_of(judge, pairs, side) for side in ("chosen", "rejected")]
+        for kind, pairs in pairs_by_kind.items()
+    }
+    of_all = [np.concatenate(side) for side in zip(*rewards.values())]
+    return {"all": judging.share_right(*of_all), **{kind: judging.share_right(*two) for kind, two in rewards.items()}}
+
+
+def rewards_of(judge, pairs, side):
+    return judge.score([pair["prompts"] for pair in pairs], [pair[side] for pair in pairs], ROWS_TO_SCORE)
+
+
+def side_by_side(model, tuned, judges, words):
+    """Answers of the policy and of the tuned model to the same prompts, drawn with the same seed, and the likeliest."""
+    prompts = [*map(definitions.prompt_of, words)]
+    samplers = {"drawn": None, "greedy": "greedy"}
+    answers = {"policy": {way: definitions.write(model, prompts, SEED, sampler) for way, sampler in samplers.items()}}
+    # What was compiled for the one serves the other.
+    for variable, value in zip(model.weights, GemmaCausalLM.from_preset(tuned / "preset").weights):
+        variable.assign(value)
+    answers["tuned"] = {way: definitions.write(model, prompts, SEED, sampler) for way, sampler in samplers.items()}
+    return {way: compared(answers["tuned"][way], answers["policy"][way], judges, words) for way in samplers}
+
+
+def compared(tuned, policy, judges, words):
+    """What both judges make of two answers to each prompt."""
+    prompts = [*map(definitions.prompt_of, words)]
+    texts = {"tuned": tuned, "policy": policy}
+    rewards = {
+        judge: {name: model.score(prompts, texts[name], ROWS_TO_SCORE) for name in texts}
+        for judge, model in judges.items()
+    }
+    return {
+        "reward": {judge: {name: judging.mean(of[name]) for name in of} for judge, of in rewards.items()},
+        "gain": {judge: judging.mean(of["policy"] - of["tuned"]) for judge, of in rewards.items()},
+        "win_rate": {judge: judging.win_rate(of["policy"], of["tuned"]) for judge, of in rewards.items()},
+        "writing": {name: definitions.habits(texts[name]) for name in texts},
+        "samples": [[words[i].word, tuned[i], policy[i]] for i in range(min(SAMPLES, len(words)))],
+    }
+
+
+def last_kl(log):
+    with open(log, newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["kl"])
+
+
+def settings_in_words(steps):
+    """The recipe, for the README."""
+    stages = {
+        "tuning": {**TUNING, "packed rows of tokens": TUNING_ROW},
+        "reward_models": {"epochs": 1, **PAIRS},
+        "reinforce": {"steps": steps, "prompts of a step": PROMPTS_PER_STEP, **POLICY},
+    }
+    return {
+        stage: ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        for stage, settings in stages.items()
+    }
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def parsed_options():
+    parser = Options(__doc__)
+    root = Path(__file__).resolve().parents[1]
+    parser.option("--preset", "gemma_tiny_en", "name or folder of the model to begin with")
+    parser.option("--preset-dir", root / "presets" / "gemma_tiny_instruct_en", "folder for the result", type=Path)
+    cache = Path("~/.cache/keras_gemma/rlhf").expanduser()
+    parser.option("--work-dir", cache, "folder for finished stages, which are not run again", type=Path)
+    parser.add_argument("--dictionary", type=Path, metavar="FOLDER", help="WordNet's files (default: Debian's package)")
+    parser.add_argument("--words", type=int, help="most words of a stage (default: all)")
+    parser.option("--steps", 30, "of REINFORCE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, parsed_options())

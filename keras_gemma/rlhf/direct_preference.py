@@ -1,0 +1,171 @@
+"""Pairs of answers → a policy that prefers the better ones, without a reward model between (DPO).
+
+pairs ─→ rows ─→ log-probabilities of policy and reference ─→ loss ─→ gradients ─→ policy
+"""
+
+import numpy as np
+
+from keras_gemma import kernels
+from keras_gemma.data.tuning import PAIR_FIELDS
+from keras_gemma.rlhf import objectives
+from keras_gemma.rlhf import rows
+from keras_gemma.rlhf.loop import Loop
+from keras_gemma.rlhf.policy_update import PolicyUpdate
+from keras_gemma.rlhf.policy_update import on_host
+from keras_gemma.rlhf.policy_update import placed
+
+
+class DPOTrainer:
+    """Trains a policy on pairs of answers directly (Rafailov et al., arXiv 2305.18290).
+
+    The reference is the policy as it is when the trainer is made, as for `ReinforceTrainer`. JAX only.
+
+    Args:
+        policy: a compiled `GemmaCausalLM` with a preprocessor, and without dropout.
+        beta: float. The larger, the closer to the reference.
+        microbatch_size: int, pairs whose activations are in memory at a time.
+        seed: int. The order of the pairs follows from it.
+
+    Attributes:
+        step: int, steps made.
+
+    Raises:
+        ValueError: for settings out of range, and as `ReinforceTrainer`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_gemma import GemmaCausalLM
+    >>> from keras_gemma.rlhf import DPOTrainer
+    >>> policy = GemmaCausalLM.from_preset("gemma_tiny_en", sequence_length=32)
+    >>> policy.compile(keras.optimizers.Adam(1e-4))
+    >>> pairs = [{"prompts": "The sea", "chosen": " is deep.", "rejected": " is is."}]
+    >>> history = DPOTrainer(policy).fit(pairs, batch_size=1, epochs=3, verbose=0).history
+    >>> round(history["loss"][0], 3), history["margin"][2] > history["margin"][1]
+    (0.693, True)
+    """
+
+    def __init__(self, policy, *, beta=0.1, microbatch_size=4, seed=0):
+        if beta <= 0 or microbatch_size < 1:
+            raise ValueError(
+                f"`beta` is above 0 and `microbatch_size` at least 1. Received: {beta} and {microbatch_size}"
+            )
+        self.policy = policy
+        self.beta = beta
+        self.microbatch_size = microbatch_size
+        self.seed = seed
+        self.step = 0
+        self.update = PolicyUpdate(policy, self._loss)
+
+    def fit(self, pairs, batch_size=8, epochs=1, callbacks=(), verbose="auto", checkpoints=None, save_every_steps=10):
+        """Makes steps of `batch_size` pairs each, all pairs once an epoch but for a last, smaller batch.
+
+        Args:
+            pairs: list of dicts of `prompts` (a string, or a dialogue that ends with the user), `chosen` and
+                `rejected` (strings), such as `data.preference_pairs` gives.
+            batch_size: int, pairs of a step.
+            epochs, callbacks, verbose, checkpoints, save_every_steps: as of `ReinforceTrainer.fit`.
+
+        Returns:
+            A `keras.callbacks.History` with the mean over each epoch of `loss`, `accuracy` (the share of pairs whose
+            chosen answer gained on the rejected one; as much is no gain), `margin` (by how much, in nats times
+            `beta`), `gradient_norm`, `chosen_logp` and `rejected_logp` (nats of a response).
+
+        Raises:
+            ValueError: for no pairs, missing fields, and answers that do not fit into a row.
+            DamagedCheckpointError, ForeignCheckpointError, CheckpointNotSavedError, NonFiniteLossError: as of
+                `ReinforceTrainer.fit`.
+        """
+        if not 1 <= batch_size <= len(pairs):
+            raise ValueError(f"A batch has 1 to all pairs. Received: batch_size={batch_size}, {len(pairs)} pairs")
+        self._pairs = [self._rows_of(number, pair) for number, pair in enumerate(pairs)]
+        self._batch_size = batch_size
+        data = {"pairs": self._pairs, "batch_size": batch_size}
+        steps = len(pairs) // batch_size
+        return Loop(self, data, steps, epochs, callbacks, verbose, checkpoints, save_every_steps).run()
+
+    def _rows_of(self, number, pair):
+        """Token ids of the prompt and of both answers."""
+        if not isinstance(pair, dict) or not set(PAIR_FIELDS) <= set(pair):
+            raise ValueError(f"A pair has {', '.join(map(repr, PAIR_FIELDS))}. Received: {pair!r}, number {number}")
+        prompt, *answers = (pair[name] for name in PAIR_FIELDS)
+        examples = [self._example(prompt, answer) for answer in answers]
+        longest = max(len(ids) + len(answer) for ids, answer in examples)
+        if longest > self.policy.preprocessor.sequence_length:
+            raise ValueError(
+                f"A prompt with its answer fits into `sequence_length={self.policy.preprocessor.sequence_length}`. "
+                f"Received one of {longest} tokens, number {number}: raise it, or leave the pair out, as "
+                "`data.preference_pairs` does"
+            )
+        return [examples[0][0], examples[0][1], examples[1][1]]
+
+    def _example(self, prompt, answer):
+        preprocessor = self.policy.preprocessor
+        if isinstance(prompt, str):
+            row = preprocessor.row({"prompts": prompt, "responses": answer})
+        else:
+            row = preprocessor.row([*prompt, {"role": "model", "content": answer}])
+        # Only the last answer: what the model said before is the same in both.
+        end = len(row.ids) - row.learned[::-1].index(True)
+        start = end - (row.learned[:end][::-1] + [False]).index(False)
+        return row.ids[:start], row.ids[start:end]
+
+    # === What a checkpoint has ===
+
+    @property
+    def reference(self):
+        return self.update.reference
+
+    def settings(self):
+        """What has to be equal for a run to go on exactly, for json."""
+        return {"beta": self.beta, "microbatch_size": self.microbatch_size, "seed": self.seed}
+
+    def state(self):
+        """What it knows besides weights and steps: nothing."""
+        return {}
+
+    def restore(self, state, reference):
+        """Takes `reference` back."""
+        self.update.reference = reference
+
+    # === One step ===
+
+    def make_step(self):
+        """Makes the next step of `fit`: each pass over all pairs has an order of its own."""
+        number, place = divmod(self.step, len(self._pairs) // self._batch_size)
+        order = np.random.default_rng((self.seed, number)).permutation(len(self._pairs))
+        chosen = [self._pairs[i] for i in order[place * self._batch_size : (place + 1) * self._batch_size]]
+        logs = self.update.step(self._batch(chosen))
+        self.step += 1
+        return logs
+
+    def _batch(self, pairs):
+        """Microbatches of pairs, the rows of a pair in one of them: chosen answers first, then the rejected ones."""
+        size = self.microbatch_size + -self.microbatch_size % kernels.shards_of_batch()
+        groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        # Pairs that fill the last group up have no weight.
+        groups[-1] = [*groups[-1], *[groups[-1][0]] * (size - len(groups[-1]))]
+        listed = [(pair[0], pair[side]) for group in groups for side in (1, 2) for pair in group]
+        batch = rows.microbatches(*zip(*listed), 2 * size)
+        weights = np.zeros(len(groups) * size, "float32")
+        weights[: len(pairs)] = 1 / len(pairs)
+        batch["row_weights"] = np.tile(weights.reshape(-1, size), (1, 2))
+        batch = placed(batch)
+        logps, _ = self.update.log_probabilities(batch, of_reference=True)
+        batch["reference"] = on_host((logps * batch["mask"]).sum(axis=-1))
+        return batch
+
+    def _loss(self, logps, microbatch):
+        """A microbatch's part of the loss, and of metrics."""
+        of_responses = (logps * microbatch["mask"]).sum(axis=-1).reshape(2, -1)
+        reference = microbatch["reference"].reshape(2, -1)
+        weights = microbatch["row_weights"].reshape(2, -1)[0]
+        losses = objectives.dpo_losses(*of_responses, *reference, self.beta)
+        margins = self.beta * objectives.ahead(*of_responses, *reference)
+        metrics = {
+            "accuracy": (margins > 0).astype("float32"),
+            "margin": margins,
+            "chosen_logp": of_responses[0],
+            "rejected_logp": of_responses[1],
+        }
+        return (weights * losses).sum(), {name: (weights * values).sum() for name, values in metrics.items()}

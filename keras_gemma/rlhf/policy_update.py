@@ -1,0 +1,181 @@
+"""Steps of a policy's optimizer on a loss of the log-probabilities of responses.
+
+microbatches ─→ log-probabilities ─→ loss ─→ its slopes ─→ weighted cross-entropy ─→ gradients ─→ optimizer
+"""
+
+import contextlib
+
+import jax
+import keras
+from jax import lax
+
+from keras_gemma import kernels
+from keras_gemma.distribution import whole
+from keras_gemma.training.step import global_norm
+
+
+class PolicyUpdate:
+    """A policy that trains, beside what it was when this was made, its reference.
+
+    Only weights that train are copied, so that the reference of adapters costs next to nothing.
+
+    Args:
+        policy: a compiled `GemmaCausalLM`.
+        loss: callable `(logps [R, T], microbatch) → (float32 scalar, {name: float32 scalar})` of rows as
+            `rows.microbatches` gives them. Microbatches and their losses and metrics add up to a step.
+        temperature: float, of all probabilities.
+
+    Attributes:
+        reference: list of arrays, the values of the variables that train.
+
+    Raises:
+        ValueError: for another backend than JAX, a policy without preprocessor or optimizer, with dropout, or
+            quantised.
+    """
+
+    def __init__(self, policy, loss, temperature=1.0):
+        _refuse_policy(policy)
+        self.policy = policy
+        self.loss = loss
+        self.temperature = temperature
+        policy.optimizer.build(policy.trainable_variables)
+        self.reference = jax.jit(lambda values: [jax.numpy.copy(value) for value in values])(self.trained())
+        self._log_probabilities = jax.jit(self._of_microbatches)
+        self._step = jax.jit(self._stepped, donate_argnums=(0, 1), out_shardings=self._where_they_lie())
+
+    def trained(self):
+        """The values of the variables that train, a list of arrays."""
+        return [variable.value for variable in self.policy.trainable_variables]
+
+    def log_probabilities(self, batch, of_reference=False):
+        """Those of the targets, and the entropies of the distributions they come from: arrays `[M, R, T]`, in nats."""
+        weights = self.reference if of_reference else self.trained()
+        return self._log_probabilities(weights, self._frozen(), placed(batch))
+
+    def step(self, batch):
+        """Makes a step of the optimizer.
+
+        Args:
+            batch: what `rows.microbatches` gave, and what the loss needs besides, `[M, R, …]` each.
+
+        Returns:
+            A dict of floats: `loss`, `gradient_norm` and the metrics of the loss.
+        """
+        optimizer = [variable.value for variable in self.policy.optimizer.variables]
+        trained, optimizer, logs = self._step(self.trained(), optimizer, self._frozen(), placed(batch))
+        _assign(self.policy.trainable_variables, trained)
+        _assign(self.policy.optimizer.variables, optimizer)
+        return {name: float(value) for name, value in logs.items()}
+
+    @contextlib.contextmanager
+    def as_reference(self):
+        """Within, the policy is its reference."""
+        trained = self.trained()
+        _assign(self.policy.trainable_variables, self.reference)
+        try:
+            yield
+        finally:
+            _assign(self.policy.trainable_variables, trained)
+
+    # === Programs ===
+
+    def gradients(self, trained, frozen, batch):
+        """Loss, gradients by `trained` and metrics of microbatches, as a pure function.
+
+        The gradient goes through the vocabulary as that of a weighted cross-entropy: the weight of a token is the
+        slope of the loss by its log-probability.
+        """
+
+        def objective(trained, rows):
+            with self._with(trained, frozen):
+                hidden, embeddings = self._states(rows, training=True)
+                logps, _ = kernels.token_log_probabilities(hidden, embeddings, rows["targets"])
+                (loss, metrics), slopes = jax.value_and_grad(self.loss, has_aux=True)(logps, rows)
+                surrogate = kernels.vocabulary_loss(hidden, embeddings, rows["targets"], -slopes).objective
+                return surrogate, (loss, metrics)
+
+        def run(rows):
+            (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained, rows)
+            return gradients, *outcome
+
+        def add_microbatch(total, rows):
+            return jax.tree.map(jax.numpy.add, total, run(rows)), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(run, first))
+        (gradients, loss, metrics), _ = lax.scan(add_microbatch, nothing, batch)
+        return loss, gradients, metrics
+
+    def _stepped(self, trained, optimizer, frozen, batch):
+        loss, gradients, metrics = self.gradients(trained, frozen, batch)
+        logs = {"loss": loss, "gradient_norm": global_norm(gradients), **metrics}
+        trained, optimizer = self.policy.optimizer.stateless_apply(optimizer, gradients, trained)
+        return trained, optimizer, logs
+
+    def _of_microbatches(self, trained, frozen, batch):
+        def of_microbatch(rows):
+            with self._with(trained, frozen):
+                return kernels.token_log_probabilities(*self._states(rows, training=False), rows["targets"])
+
+        return lax.map(of_microbatch, batch)
+
+    def _frozen(self):
+        # As arguments: values that a program closes over would be copied into it.
+        return [variable.value for variable in self.policy.non_trainable_variables]
+
+    def _with(self, trained, frozen):
+        policy = self.policy
+        values = [*zip(policy.trainable_variables, trained), *zip(policy.non_trainable_variables, frozen)]
+        return keras.StatelessScope(state_mapping=values)
+
+    def _states(self, rows, training):
+        """Hidden states `[R, T, D]`, at the temperature, and the embeddings that make logits of them."""
+        backbone = self.policy.backbone
+        x = {"token_ids": rows["token_ids"], "padding_mask": rows["padding_mask"]}
+        return backbone(x, training=training) / self.temperature, backbone.token_embedding.embeddings
+
+    def _where_they_lie(self):
+        if keras.distribution.distribution() is None:
+            return None
+        optimizer = [variable.value.sharding for variable in self.policy.optimizer.variables]
+        return [value.sharding for value in self.trained()], optimizer, None
+
+
+def placed(batch):
+    """Microbatches `[M, R, …]` on the devices, the rows of each spread as `keras.distribution` spreads a batch."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return batch
+
+    def on_devices(array):
+        layout = distribution.get_data_layout(array.shape[1:])
+        layout = keras.distribution.TensorLayout([None, *layout.axes], layout.device_mesh)
+        return keras.distribution.distribute_tensor(array, layout)
+
+    return jax.tree.map(on_devices, batch)
+
+
+def on_host(values):
+    """A tree of arrays, wherever they lie, as NumPy arrays."""
+    return jax.tree.map(whole, values)
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+
+
+def _refuse_policy(policy):
+    if keras.backend.backend() != "jax":
+        raise ValueError(f"Policies are trained on JAX. Received: the backend {keras.backend.backend()}")
+    if policy.preprocessor is None or policy.optimizer is None:
+        raise ValueError(
+            "A policy has a preprocessor and an optimizer. Received one without: give it one, `compile` it"
+        )
+    if policy.backbone.dropout:
+        raise ValueError(
+            "With dropout, what is learned from is not what sampled. "
+            f"Received: a policy with dropout={policy.backbone.dropout}"
+        )
+    if policy.backbone.token_embedding.quantization_mode is not None:
+        raise ValueError("A policy trains in floating point. Received: a quantised one")
