@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
+import filelock
 import keras_hub
 import numpy as np
 import pytest
@@ -139,6 +142,14 @@ class Kaggle(Server):
 
 
 @contextlib.contextmanager
+def served_as_kaggle(folder, largest):
+    """Kaggle's port is fixed: the tests of other processes wait for it."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / f"port_{KAGGLE_PORT}.lock"):
+        with served(folder, Kaggle, largest, KAGGLE_PORT) as server:
+            yield server
+
+
+@contextlib.contextmanager
 def served(folder, handler, largest, port=0):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.folder, server.seen, server.broken, server.largest = folder, [], False, largest
@@ -240,7 +251,7 @@ def test_a_pinned_revision_of_hugging_face_goes_on_where_it_broke_off(hugging_fa
 @SHAPE
 def test_a_version_of_kaggle_comes_down_though_the_first_answer_breaks_off(source, tmp_path):
     handle = "kaggle://someone/gemma/keras/small/3"
-    with served(source, Kaggle, "model.weights.h5", KAGGLE_PORT) as server:
+    with served_as_kaggle(source, "model.weights.h5") as server:
         broken = keras_gemma(tmp_path, "inspect", handle, KAGGLE_API_ENVIRONMENT="TEST")
         assert broken.returncode == 1
         assert broken.stderr.splitlines()[-1].startswith("keras-gemma: error: ")
@@ -270,7 +281,7 @@ def test_a_hub_that_goes_away_is_not_one_without_a_tokenizer(source, tmp_path):
 
 @SHAPE
 def test_what_kaggle_withholds_is_not_missing(source, tmp_path):
-    with served(source, Kaggle, None, KAGGLE_PORT) as server:
+    with served_as_kaggle(source, None) as server:
         server.withheld = "assets/tokenizer/vocabulary.spm"
         arguments = ("convert", "kaggle://someone/gemma/keras/small/3", str(tmp_path / "m.gguf"))
         done = keras_gemma(tmp_path, *arguments, KAGGLE_API_ENVIRONMENT="TEST")
