@@ -144,9 +144,9 @@ class Kaggle(Server):
 @contextlib.contextmanager
 def served_as_kaggle(folder, largest):
     """Kaggle's port is fixed: the tests of other processes wait for it."""
-    with filelock.FileLock(Path(tempfile.gettempdir()) / f"port_{KAGGLE_PORT}.lock"):
-        with served(folder, Kaggle, largest, KAGGLE_PORT) as server:
-            yield server
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"port_{KAGGLE_PORT}.lock")
+    with lock, served(folder, Kaggle, largest, KAGGLE_PORT) as server:
+        yield server
 
 
 @contextlib.contextmanager
