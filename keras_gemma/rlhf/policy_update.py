@@ -11,6 +11,7 @@ from jax import lax
 
 from keras_gemma import kernels
 from keras_gemma.distribution import whole
+from keras_gemma.distribution.layouts import Layout
 from keras_gemma.training.step import global_norm
 
 
@@ -149,7 +150,7 @@ def placed(batch):
 
     def on_devices(array):
         layout = distribution.get_data_layout(array.shape[1:])
-        layout = keras.distribution.TensorLayout([None, *layout.axes], layout.device_mesh)
+        layout = Layout((None, *layout.axes), layout.device_mesh)
         return keras.distribution.distribute_tensor(array, layout)
 
     return jax.tree.map(on_devices, batch)
