@@ -143,16 +143,17 @@ class AdaptiveCoefficient:
     Args:
         value: float, what it begins with.
         target: optional float, nats of a response. `None` keeps the coefficient as it is.
-        rate: float, of its adaptation in each update.
+        rate: float below 5, of its adaptation in each update: one changes it by at most 20% of that.
 
     Raises:
         ValueError: for numbers that are not positive, but for a coefficient of 0 that stays.
     """
 
     def __init__(self, value, target=None, rate=0.1):
-        if value < 0 or (target is not None and (target <= 0 or value == 0)) or rate <= 0:
+        if value < 0 or (target is not None and (target <= 0 or value == 0)) or not 0 < rate < 5:
             raise ValueError(
-                "A coefficient is at least 0; one that follows a target is above 0, as target and rate are. "
+                "A coefficient is at least 0; one that follows a target is above 0, as target and rate are, and the "
+                "rate is below 5. "
                 f"Received: value={value}, target={target}, rate={rate}"
             )
         self.value, self.target, self.rate = float(value), target, rate

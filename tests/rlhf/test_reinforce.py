@@ -2,6 +2,7 @@
 
 import jax
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from keras_gemma.models import GemmaRewardModel
 from keras_gemma.models import GemmaRewardModelPreprocessor
 from keras_gemma.rlhf import AdaptiveCoefficient
 from keras_gemma.rlhf import ReinforceTrainer
+from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rollouts as rolling
 from tests.rlhf.enumerated import END
 from tests.rlhf.enumerated import LONGEST
@@ -150,6 +152,34 @@ def test_training_on_sequences_ends_at_the_best_trade(make_policy):
     assert distance < 0.02
 
 
+def without_end(patch):
+    arrays_of = rolling.Rollouts.microbatches
+
+    def masked(rollouts, count):
+        batch = arrays_of(rollouts, count)
+        return {**batch, "mask": batch["mask"] * (batch["targets"] != END)}
+
+    patch.setattr(rolling.Rollouts, "microbatches", masked)
+
+
+def divergence_per_token(patch):
+    whole = objectives.sequence_kl
+    patch.setattr(objectives, "sequence_kl", lambda *logps, mask: whole(*logps, mask) / mask.sum(axis=-1))
+
+
+def not_all_of_the_policy(patch):
+    patch.setattr(keras_hub.samplers, "RandomSampler", lambda temperature: keras_hub.samplers.TopKSampler(k=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [without_end, divergence_per_token, not_all_of_the_policy])
+def test_mistakes_end_elsewhere(make_policy, monkeypatch, mistake):
+    """What goes wrong in practice misses the threshold of T2 by far."""
+    mistake(monkeypatch)
+    distance, _ = trained_on_sequences(make_policy)
+    assert distance > 0.06
+
+
 def trained_on_sequences(make_policy, steps=250):
     """Total variation from the best trade after training, and the trainer."""
     listed = responses(tokens=4)
@@ -169,11 +199,18 @@ def trained_on_sequences(make_policy, steps=250):
 def test_the_first_step(make_policy):
     policy = make_policy()
     trainer = ReinforceTrainer(policy, Worth(), group_size=32, max_new_tokens=LONGEST, microbatch_size=16, clip=0.2)
+    of_all = dict(zip(map(tuple, RESPONSES), np.array(log_probabilities(policy))))
+    drawn = rolling.sample(policy, [PROMPT], 32, LONGEST, 1.0, [END], 0)
+    batch = drawn.microbatches(16)
+    logps, _ = trainer.update.log_probabilities(batch)
+    of_drawn = (logps * batch["mask"]).sum(axis=-1).reshape(-1)
+    np.testing.assert_allclose(of_drawn, [of_all[tuple(one)] for one in drawn.responses], atol=1e-5)
     logs = trainer.train_on([PROMPT], [PROMPT])
     assert logs["kl"] == 0.0 and logs["kl_per_token"] == 0.0
     np.testing.assert_allclose(logs["penalised_reward"], logs["reward"], rtol=1e-6)
     assert logs["gradient_norm"] > 0
     seen = [trainer.samples]
+    assert logs["ratio"] == 1.0 and logs["clipped"] == 0.0
     logs = trainer.train_on([PROMPT], [PROMPT])
     assert logs["kl"] != 0.0
     assert [one["response"] for one in trainer.samples] != [one["response"] for one in seen[0]]
@@ -191,6 +228,22 @@ def test_a_larger_coefficient_stays_closer(make_policy):
         logs = [trainer.train_on([PROMPT], [PROMPT]) for _ in range(40)]
         distances.append(np.mean([one["kl"] for one in logs[-5:]]))
     assert distances[1] < 0.3 * distances[0]
+
+
+def test_the_reward_rises_within_the_budget(make_policy):
+    """T5: a coefficient that follows a target keeps the divergence there; fixed at a third of its beginning, none."""
+    budget, divergences = 0.3, []
+    for coefficient in (AdaptiveCoefficient(0.3, budget, rate=0.2), 0.1):
+        policy = make_policy()
+        policy.compile(keras.optimizers.Adam(0.003))
+        trainer = ReinforceTrainer(
+            policy, Worth(), kl_coefficient=coefficient, group_size=128, max_new_tokens=LONGEST, microbatch_size=128
+        )
+        logs = [trainer.train_on([PROMPT], [PROMPT]) for _ in range(60)]
+        rewards, kl = ([one[name] for one in logs] for name in ("reward", "kl"))
+        assert np.mean(rewards[20:]) > np.mean(rewards[:3]) + 0.1
+        divergences.append(np.mean(kl[20:]))
+    assert 0.7 * budget < divergences[0] < 1.3 * budget and divergences[1] > 3 * budget, divergences
 
 
 def test_responses_without_an_end_cost(make_policy):
