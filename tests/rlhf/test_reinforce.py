@@ -180,7 +180,7 @@ def test_mistakes_end_elsewhere(make_policy, monkeypatch, mistake):
     assert distance > 0.06
 
 
-def trained_on_sequences(make_policy, steps=250):
+def trained_on_sequences(make_policy, steps=400):
     """Total variation from the best trade after training, and the trainer."""
     listed = responses(tokens=4)
     policy = make_policy(tokens=4, hidden_dim=32, spread=0.1)
