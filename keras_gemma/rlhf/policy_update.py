@@ -22,7 +22,7 @@ class PolicyUpdate:
 
     Args:
         policy: a compiled `GemmaCausalLM`.
-        loss: callable `(logps [R, T], microbatch) → (float32 scalar, {name: float32 scalar})` of rows as
+        loss: callable `(logps [R, C], microbatch) → (float32 scalar, {name: float32 scalar})` of rows as
             `rows.microbatches` gives them. Microbatches and their losses and metrics add up to a step.
         temperature: float, of all probabilities.
 
@@ -49,7 +49,7 @@ class PolicyUpdate:
         return [variable.value for variable in self.policy.trainable_variables]
 
     def log_probabilities(self, batch, of_reference=False):
-        """Those of the targets, and the entropies of the distributions they come from: arrays `[M, R, T]`, in nats."""
+        """Those of the targets, and the entropies of the distributions they come from: arrays `[M, R, C]`, in nats."""
         weights = self.reference if of_reference else self.trained()
         return self._log_probabilities(weights, self._frozen(), placed(batch))
 
@@ -57,7 +57,8 @@ class PolicyUpdate:
         """Makes a step of the optimizer.
 
         Args:
-            batch: what `rows.microbatches` gave, and what the loss needs besides, `[M, R, …]` each.
+            batch: what `rows.microbatches` gave, and what the loss needs besides, `[M, R, …]` each; `logps`, the
+                log-probabilities of the weights as they are, where they are known already.
 
         Returns:
             A dict of floats: `loss`, `gradient_norm` and the metrics of the loss.
@@ -90,7 +91,7 @@ class PolicyUpdate:
         def objective(trained, rows):
             with self._with(trained, frozen):
                 hidden, embeddings = self._states(rows, training=True)
-                logps, _ = kernels.token_log_probabilities(hidden, embeddings, rows["targets"])
+                logps = rows["logps"] if "logps" in rows else self._logps(hidden, embeddings, rows)
                 (loss, metrics), slopes = jax.value_and_grad(self.loss, has_aux=True)(logps, rows)
                 surrogate = kernels.vocabulary_loss(hidden, embeddings, rows["targets"], -slopes).objective
                 return surrogate, (loss, metrics)
@@ -120,6 +121,9 @@ class PolicyUpdate:
 
         return lax.map(of_microbatch, batch)
 
+    def _logps(self, hidden, embeddings, rows):
+        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"])[0]
+
     def _frozen(self):
         # As arguments: values that a program closes over would be copied into it.
         return [variable.value for variable in self.policy.non_trainable_variables]
@@ -130,10 +134,11 @@ class PolicyUpdate:
         return keras.StatelessScope(state_mapping=values)
 
     def _states(self, rows, training):
-        """Hidden states `[R, T, D]`, at the temperature, and the embeddings that make logits of them."""
+        """Hidden states `[R, C, D]` that predict responses, at the temperature, and the embeddings to make logits."""
         backbone = self.policy.backbone
-        x = {"token_ids": rows["token_ids"], "padding_mask": rows["padding_mask"]}
-        return backbone(x, training=training) / self.temperature, backbone.token_embedding.embeddings
+        hidden = backbone({"token_ids": rows["token_ids"], "padding_mask": rows["padding_mask"]}, training=training)
+        hidden = jax.numpy.take_along_axis(hidden, rows["columns"][..., None], axis=1)
+        return hidden / self.temperature, backbone.token_embedding.embeddings
 
     def _where_they_lie(self):
         if keras.distribution.distribution() is None:

@@ -268,6 +268,9 @@ class ReinforceTrainer:
         coefficient = self.kl_coefficient.value
         penalised = (rewards - coefficient * kl - self.penalty_without_end * ~rollouts.ended).astype("float32")
         batch["advantages"] = rows.in_rows(self._advantages(penalised), batch)
+        if self.clip is None:
+            # The only update begins with the weights that sampled.
+            batch["logps"] = batch["sampled_logps"]
         for _ in range(self.updates):
             of_update = self.update.step(batch)
         self.kl_coefficient.update(float(kl.mean()))

@@ -1,6 +1,6 @@
 """Prompts and responses → rows of token ids that are scored and learned from.
 
-N responses, R rows of a microbatch, M microbatches, T columns.
+N responses, R rows of a microbatch, M microbatches, T columns, C tokens of a response.
 """
 
 import numpy as np
@@ -20,29 +20,35 @@ def microbatches(prompts, responses, rows):
         rows: int; `R` is the next number that the devices sharing a batch divide.
 
     Returns:
-        A dict of arrays `[M, R, T]`: int32 `token_ids` and `padding_mask`, int32 `targets`, the next tokens, and
-        float32 `mask`, 1 where the target is a token of the response; and `row_weights` `[M, R]`, which sum up to 1.
-        Rows that fill the last microbatch up have no weight.
+        A dict of arrays: int32 `token_ids` and `padding_mask` `[M, R, T]`; of the tokens of responses, `[M, R, C]`,
+        int32 `targets`, int32 `columns`, which predict them, and float32 `mask`, 1 where a token is; and `row_weights`
+        `[M, R]`, which sum up to 1. Rows that fill the last microbatch up have no weight.
     """
     rows += -rows % kernels.shards_of_batch()
-    length = bucket(max(len(p) + len(r) for p, r in zip(prompts, responses)), SMALLEST_ROW)
     count = -(-len(prompts) // rows) * rows
-    ids, mask, weights = np.zeros((count, length + 1), "int32"), np.zeros((count, length + 1)), np.zeros(count)
-    padding = np.zeros((count, length + 1), "int32")
+    # The last token predicts none.
+    width = bucket(max(len(p) + len(r) for p, r in zip(prompts, responses)) - 1, SMALLEST_ROW)
+    longest = min(bucket(max(map(len, responses))), width)
+    ids, padding = np.zeros((2, count, width), "int32")
+    targets, columns = np.zeros((2, count, longest), "int32")
+    mask, weights = np.zeros((count, longest), "float32"), np.zeros(count, "float32")
     # Rows without a token would attend to nothing.
     padding[:, 0] = 1
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        end = len(prompt) + len(response)
-        ids[i, :end] = prompt + response
-        padding[i, :end] = 1
-        mask[i, len(prompt) : end] = 1
+        seen = (prompt + response)[:-1]
+        ids[i, : len(seen)] = seen
+        padding[i, : len(seen)] = 1
+        targets[i, : len(response)] = response
+        columns[i, : len(response)] = np.arange(len(prompt) - 1, len(seen))
+        mask[i, : len(response)] = 1
     weights[: len(prompts)] = 1 / len(prompts)
     arrays = {
-        "token_ids": ids[:, :-1],
-        "padding_mask": padding[:, :-1],
-        "targets": ids[:, 1:],
-        "mask": mask[:, 1:].astype("float32"),
-        "row_weights": weights.astype("float32"),
+        "token_ids": ids,
+        "padding_mask": padding,
+        "targets": targets,
+        "columns": columns,
+        "mask": mask,
+        "row_weights": weights,
     }
     return {name: array.reshape(-1, rows, *array.shape[1:]) for name, array in arrays.items()}
 
