@@ -164,7 +164,7 @@ def without_end(patch):
 
 def divergence_per_token(patch):
     whole = objectives.sequence_kl
-    patch.setattr(objectives, "sequence_kl", lambda *logps, mask: whole(*logps, mask) / mask.sum(axis=-1))
+    patch.setattr(objectives, "sequence_kl", lambda one, other, mask: whole(one, other, mask) / mask.sum(axis=-1))
 
 
 def not_all_of_the_policy(patch):
