@@ -186,7 +186,7 @@ def test_utilities_of_answers_are_recovered(tokenizer):
     keras.utils.set_random_seed(1)
     items, random = 12, np.random.default_rng(1)
     worth = random.normal(0, 1, items)
-    first, second = random.integers(0, items, (2, 20_000))
+    first, second = random.integers(0, items, (2, 80_000))
     first, second = first[first != second], second[first != second]
     first_wins = random.random(len(first)) < 1 / (1 + np.exp(worth[second] - worth[first]))
     better, worse = np.where(first_wins, first, second), np.where(first_wins, second, first)
@@ -201,11 +201,11 @@ def test_utilities_of_answers_are_recovered(tokenizer):
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, 240)
     model.compile(keras.optimizers.Adam(schedule), centring=0.001)
     x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    model.fit(x, np.zeros(len(better), "float32"), batch_size=512, epochs=6, verbose=0)
+    model.fit(x, np.zeros(len(better), "float32"), batch_size=1024, epochs=3, verbose=0)
     rewards = model.score_tokens([[2, item + 4, 1] for item in range(items)])
-    # The worth that these very comparisons say, which 20,000 of them tell to about 0.05.
+    # 80,000 comparisons tell each worth to about 0.02.
     error = (rewards - rewards.mean()) - (worth - worth.mean())
-    assert np.abs(error).max() < 0.15, error
+    assert np.abs(error).max() < 0.07, error
     accuracy = model.evaluate(x, np.zeros(len(better), "float32"), batch_size=512, verbose=0, return_dict=True)
     bayes = np.mean(worth[better] > worth[worse])
     assert abs(accuracy["accuracy"] - bayes) < 0.01 and bayes < 0.8
