@@ -28,6 +28,30 @@ def pairs(tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def prepared_by_tfds(tmp_path):
+    """The name of a data set where TFDS looks for those that it has prepared."""
+    import tensorflow_datasets as tfds
+
+    class SpokenAnswers(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path / "package"
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"q": tfds.features.Text(), "a": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(PAIRS)
+
+    SpokenAnswers(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    tfds.core.add_data_dir(tmp_path / "tfds")
+    return "spoken_answers"
+
+
 def sft(*arguments):
     return cli.main(["sft", *map(str, arguments)])
 
@@ -58,6 +82,15 @@ def test_a_model_is_tuned(preset, pairs, tmp_path, capsys):
 
     assert sft(*command) == 0
     assert json.loads((output / "history.json").read_text()) == history
+
+
+def test_a_split_of_tfds(preset, prepared_by_tfds, tmp_path, capsys):
+    status = sft(
+        f"tfds:{prepared_by_tfds}:train[:50%]", "--prompts", "q", "--responses", "a", "--preset", preset, "--output",
+        tmp_path / "tuned", "--epochs", 1,
+    )  # fmt: skip
+    assert status == 0
+    assert f"{len(PAIRS) // 2} of {len(PAIRS) // 2} examples kept" in capsys.readouterr().out
 
 
 def test_adapters_and_files_of_other_kinds(preset, tmp_path, capsys):
