@@ -98,7 +98,10 @@ def choose(sampler, logits, values):
         return kernels.first_argmax(logits), values
 
     def draw():
-        return ops.cast(sampler.get_next_token(sampler.compute_probabilities(logits)), "int32")
+        probabilities = sampler.compute_probabilities(logits)
+        if type(sampler) is keras_hub.samplers.RandomSampler:
+            return kernels.draw(probabilities, sampler.seed_generator)
+        return ops.cast(sampler.get_next_token(probabilities), "int32")
 
     return _with_values(sampler, values, draw)
 

@@ -23,6 +23,7 @@ from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
 from keras_gemma.kernels.rotation import rotate
+from keras_gemma.kernels.selection import draw
 from keras_gemma.kernels.selection import first_argmax
 from keras_gemma.kernels.sharding import branch_apart
 from keras_gemma.kernels.sharding import cache_apart
@@ -46,6 +47,7 @@ __all__ = [
     "cache_apart",
     "cached_attention",
     "causal_attention",
+    "draw",
     "einsum_float32",
     "first_argmax",
     "geglu",

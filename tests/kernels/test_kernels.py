@@ -136,3 +136,25 @@ def test_first_argmax():
     chosen = kernels.first_argmax(ops.convert_to_tensor(scores))
     assert keras.backend.standardize_dtype(chosen.dtype) == "int32"
     np.testing.assert_array_equal(to_numpy(chosen), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 64, 100])
+def test_draw(size):
+    probabilities = np.abs(random_array(size, seed=size)) + 0.01
+    probabilities[1::3] = 0.0
+    probabilities /= probabilities.sum()
+    count = 100_000
+    rows = ops.convert_to_tensor(np.tile(probabilities, (count, 1)))
+    drawn = kernels.draw(rows, keras.random.SeedGenerator(1))
+    assert keras.backend.standardize_dtype(drawn.dtype) == "int32"
+    counts = np.bincount(to_numpy(drawn), minlength=size)
+    assert len(counts) == size and not counts[probabilities == 0].any()
+    # Five standard deviations of a binomial distribution.
+    bound = 5 * np.sqrt(count * probabilities * (1 - probabilities))
+    assert (np.abs(counts - count * probabilities) <= bound + 1e-6 * count).all()
+
+
+def test_draws_of_rows_and_times_differ():
+    rows, seed = ops.ones((64, 4096)), keras.random.SeedGenerator(1)
+    first, second = (to_numpy(kernels.draw(rows, seed)) for _ in range(2))
+    assert len(set(first)) > 60 and (first != second).sum() > 60
