@@ -9,6 +9,8 @@ from keras_gemma import kernels
 from keras_gemma.generation.buckets import bucket
 
 SMALLEST_ROW = 32
+# Widths of an octave. Steps are long, and those of one run are about as wide.
+WIDTHS = 8
 
 
 def microbatches(prompts, responses, rows):
@@ -27,8 +29,8 @@ def microbatches(prompts, responses, rows):
     rows += -rows % kernels.shards_of_batch()
     count = -(-len(prompts) // rows) * rows
     # The last token predicts none.
-    width = bucket(max(len(p) + len(r) for p, r in zip(prompts, responses)) - 1, SMALLEST_ROW)
-    longest = min(bucket(max(map(len, responses))), width)
+    width = bucket(max(len(p) + len(r) for p, r in zip(prompts, responses)) - 1, SMALLEST_ROW, WIDTHS)
+    longest = min(bucket(max(map(len, responses)), parts=WIDTHS), width)
     ids, padding = np.zeros((2, count, width), "int32")
     targets, columns = np.zeros((2, count, longest), "int32")
     mask, weights = np.zeros((count, longest), "float32"), np.zeros(count, "float32")
