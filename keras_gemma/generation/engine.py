@@ -22,9 +22,7 @@ from keras_gemma.generation.network import network_of
 from keras_gemma.generation.programs import Program
 
 SMALLEST_PROMPT = 32
-SMALLEST_CAPACITY = 64
-# Where it ends is not known: most caches that begin so need not grow.
-FIRST_CAPACITY = 256
+SMALLEST_CAPACITY = 256
 SMALLEST_STOP_LIST = 4
 NO_TOKEN = -1
 # A stream shows text about so often, and never more tokens at once.
@@ -302,7 +300,7 @@ def capacity_bucket(columns):
 
 
 def _first_capacity(prompt_length, longest):
-    return capacity_bucket(min(longest, max(FIRST_CAPACITY, 2 * prompt_length)))
+    return capacity_bucket(min(longest, max(SMALLEST_CAPACITY, 2 * prompt_length)))
 
 
 def _stop_list(stop_token_ids):
