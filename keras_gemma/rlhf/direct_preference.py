@@ -135,7 +135,7 @@ class DPOTrainer:
         number, place = divmod(self.step, len(self._pairs) // self._batch_size)
         order = np.random.default_rng((self.seed, number)).permutation(len(self._pairs))
         chosen = [self._pairs[i] for i in order[place * self._batch_size : (place + 1) * self._batch_size]]
-        logs = self.update.step(self._batch(chosen))
+        logs, _ = self.update.step(self._batch(chosen))
         self.step += 1
         return logs
 
@@ -155,7 +155,7 @@ class DPOTrainer:
         batch["reference"] = on_host((logps * batch["mask"]).sum(axis=-1))
         return batch
 
-    def _loss(self, logps, microbatch):
+    def _loss(self, logps, entropies, microbatch):
         """A microbatch's part of the loss, and of metrics."""
         of_responses = (logps * microbatch["mask"]).sum(axis=-1).reshape(2, -1)
         reference = microbatch["reference"].reshape(2, -1)
@@ -168,4 +168,4 @@ class DPOTrainer:
             "chosen_logp": of_responses[0],
             "rejected_logp": of_responses[1],
         }
-        return (weights * losses).sum(), {name: (weights * values).sum() for name, values in metrics.items()}
+        return (weights * losses).sum(), {name: (weights * values).sum() for name, values in metrics.items()}, {}

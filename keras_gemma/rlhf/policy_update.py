@@ -22,8 +22,9 @@ class PolicyUpdate:
 
     Args:
         policy: a compiled `GemmaCausalLM`.
-        loss: callable `(logps [R, C], microbatch) → (float32 scalar, {name: float32 scalar})` of rows as
-            `rows.microbatches` gives them. Microbatches and their losses and metrics add up to a step.
+        loss: callable `(logps [R, C], entropies [R, C], microbatch) → (float32 scalar, {name: float32 scalar}, {name:
+            array [R]})` of rows as `rows.microbatches` gives them. Microbatches with their losses and metrics add up to
+            a step; what is said of rows is handed out as it is.
         temperature: float, of all probabilities.
 
     Attributes:
@@ -57,17 +58,18 @@ class PolicyUpdate:
         """Makes a step of the optimizer.
 
         Args:
-            batch: what `rows.microbatches` gave, and what the loss needs besides, `[M, R, …]` each; `logps`, the
-                log-probabilities of the weights as they are, where they are known already.
+            batch: what `rows.microbatches` gave, and what the loss needs besides, `[M, R, …]` each; `logps` and
+                `entropies` of the weights as they are, where they are known already.
 
         Returns:
-            A dict of floats: `loss`, `gradient_norm` and the metrics of the loss.
+            A dict of floats, `loss`, `gradient_norm` and the metrics of the loss; and a dict of arrays `[M, R]`, what
+            the loss said of rows.
         """
         optimizer = [variable.value for variable in self.policy.optimizer.variables]
-        trained, optimizer, logs = self._step(self.trained(), optimizer, self._frozen(), placed(batch))
+        trained, optimizer, logs, of_rows = self._step(self.trained(), optimizer, self._frozen(), placed(batch))
         _assign(self.policy.trainable_variables, trained)
         _assign(self.policy.optimizer.variables, optimizer)
-        return {name: float(value) for name, value in logs.items()}
+        return {name: float(value) for name, value in logs.items()}, of_rows
 
     @contextlib.contextmanager
     def as_reference(self):
@@ -82,7 +84,7 @@ class PolicyUpdate:
     # === Programs ===
 
     def gradients(self, trained, frozen, batch):
-        """Loss, gradients by `trained` and metrics of microbatches, as a pure function.
+        """Loss, gradients by `trained`, metrics, and what the loss says of rows, as a pure function.
 
         The gradient goes through the vocabulary as that of a weighted cross-entropy: the weight of a token is the
         slope of the loss by its log-probability.
@@ -91,28 +93,33 @@ class PolicyUpdate:
         def objective(trained, rows):
             with self._with(trained, frozen):
                 hidden, embeddings = self._states(rows, training=True)
-                logps = rows["logps"] if "logps" in rows else self._logps(hidden, embeddings, rows)
-                (loss, metrics), slopes = jax.value_and_grad(self.loss, has_aux=True)(logps, rows)
+                known = self._known(hidden, embeddings, rows)
+                (loss, *outcome), slopes = jax.value_and_grad(scored, has_aux=True)(*known, rows)
                 surrogate = kernels.vocabulary_loss(hidden, embeddings, rows["targets"], -slopes).objective
-                return surrogate, (loss, metrics)
+                return surrogate, (loss, *outcome[0])
+
+        def scored(*arguments):
+            loss, *outcome = self.loss(*arguments)
+            return loss, outcome
 
         def run(rows):
-            (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained, rows)
-            return gradients, *outcome
+            (_, (loss, metrics, of_rows)), gradients = jax.value_and_grad(objective, has_aux=True)(trained, rows)
+            return (gradients, loss, metrics), of_rows
 
         def add_microbatch(total, rows):
-            return jax.tree.map(jax.numpy.add, total, run(rows)), None
+            summed, of_rows = run(rows)
+            return jax.tree.map(jax.numpy.add, total, summed), of_rows
 
         first = jax.tree.map(lambda x: x[0], batch)
-        nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(run, first))
-        (gradients, loss, metrics), _ = lax.scan(add_microbatch, nothing, batch)
-        return loss, gradients, metrics
+        nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(run, first)[0])
+        (gradients, loss, metrics), of_rows = lax.scan(add_microbatch, nothing, batch)
+        return loss, gradients, metrics, of_rows
 
     def _stepped(self, trained, optimizer, frozen, batch):
-        loss, gradients, metrics = self.gradients(trained, frozen, batch)
+        loss, gradients, metrics, of_rows = self.gradients(trained, frozen, batch)
         logs = {"loss": loss, "gradient_norm": global_norm(gradients), **metrics}
         trained, optimizer = self.policy.optimizer.stateless_apply(optimizer, gradients, trained)
-        return trained, optimizer, logs
+        return trained, optimizer, logs, of_rows
 
     def _of_microbatches(self, trained, frozen, batch):
         def of_microbatch(rows):
@@ -121,8 +128,11 @@ class PolicyUpdate:
 
         return lax.map(of_microbatch, batch)
 
-    def _logps(self, hidden, embeddings, rows):
-        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"])[0]
+    def _known(self, hidden, embeddings, rows):
+        """Log-probabilities of the targets, and entropies."""
+        if "logps" in rows:
+            return rows["logps"], rows["entropies"]
+        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"])
 
     def _frozen(self):
         # As arguments: values that a program closes over would be copied into it.
@@ -144,7 +154,7 @@ class PolicyUpdate:
         if keras.distribution.distribution() is None:
             return None
         optimizer = [variable.value.sharding for variable in self.policy.optimizer.variables]
-        return [value.sharding for value in self.trained()], optimizer, None
+        return [value.sharding for value in self.trained()], optimizer, None, None
 
 
 def placed(batch):
