@@ -40,6 +40,9 @@ class Request:
         stop_token_ids: list of ids that end a row. The row includes the one that ended it.
         sampler: a keras-hub sampler that chooses tokens.
         sampler_values: the values of its variables, see `sampling.seeded_values`.
+        continuations: int, continuations of each prompt, which is run once for all of them. They come beside each
+            other, and `new_tokens` is of prompts.
+        most_columns: optional int, prompt and new tokens that no request of a caller exceeds: a cache is no larger.
     """
 
     prompts: list
@@ -47,10 +50,14 @@ class Request:
     stop_token_ids: list
     sampler: Any
     sampler_values: tuple
+    continuations: int = 1
+    most_columns: int | None = None
 
     def __post_init__(self):
         if not self.prompts:
             raise ValueError("A batch needs at least one prompt. Received an empty one.")
+        if self.continuations < 1:
+            raise ValueError(f"A prompt is continued at least once. Received: continuations={self.continuations}")
         for prompt, new_tokens in zip(self.prompts, self.new_tokens):
             if not len(prompt):
                 raise ValueError("A prompt needs at least one token, such as <bos>. Received an empty one.")
@@ -68,6 +75,7 @@ class Decoding:
     sampler: Any
     rows: int
     prompt_length: int
+    most_columns: int
     cache: Any
     tokens: Any
     column: Any
@@ -148,13 +156,17 @@ class Engine:
         """Runs the prompts of a `Request` and returns its `Decoding`, which `advance` continues."""
         network = network_of(self.backbone, self.memory)
         weights = network.weights()
+        copies = request.continuations
         token_ids, first_column = _right_aligned(request.prompts)
-        rows, length = len(request.prompts), token_ids.shape[1]
+        rows, length = len(request.prompts) * copies, token_ids.shape[1]
         # Rows that only fill the batch up have ended before they begin.
-        end_column = np.full(len(token_ids), length, "int32")
-        end_column[:rows] += np.asarray(request.new_tokens, "int32")
-        capacity = _first_capacity(length, int(end_column.max()))
-        cache, _ = self._prefill(network, weights, token_ids, first_column, capacity)
+        end_column = np.full(len(token_ids) * copies, length, "int32")
+        end_column[:rows] += np.repeat(np.asarray(request.new_tokens, "int32"), copies)
+        longest = int(end_column.max())
+        most_columns = max(longest, request.most_columns or capacity_bucket(longest))
+        capacity = min(_first_capacity(length, longest), most_columns)
+        cache, _ = self._prefill(network, weights, token_ids, first_column, capacity, copies)
+        tokens = np.pad(np.repeat(token_ids, copies, axis=0), ((0, 0), (0, capacity - length)))
         sampler_key, sampler = sampling.key_and_twin(request.sampler)
         return Decoding(
             network=network,
@@ -163,8 +175,9 @@ class Engine:
             sampler=sampler,
             rows=rows,
             prompt_length=length,
+            most_columns=most_columns,
             cache=cache,
-            tokens=_on_device(np.pad(token_ids, ((0, 0), (0, capacity - length)))),
+            tokens=_on_device(tokens),
             column=_scalar(length),
             end_column=_on_device(end_column),
             stop_token_ids=ops.convert_to_tensor(_stop_list(request.stop_token_ids)),
@@ -205,7 +218,7 @@ class Engine:
         return program(network.weights(), token_ids, cache, column)
 
     def _grow(self, decoding):
-        capacity = capacity_bucket(min(decoding.longest, 2 * decoding.capacity))
+        capacity = min(capacity_bucket(min(decoding.longest, 2 * decoding.capacity)), decoding.most_columns)
         program = self._program(("grow", capacity), lambda: lambda columns: with_capacity(columns, capacity))
         layers = list(decoding.cache.pop("layers"))
         for index, (key, value) in enumerate(layers):
@@ -214,32 +227,40 @@ class Engine:
         decoding.cache["layers"] = tuple(layers)
         decoding.tokens = ops.pad(decoding.tokens, [(0, 0), (0, capacity - decoding.capacity)])
 
-    def _prefill(self, network, weights, token_ids, first_column, capacity, with_hidden=False):
-        """The cache of right-aligned prompts, and their hidden states `[B, P, D]` where asked for."""
+    def _prefill(self, network, weights, token_ids, first_column, capacity, copies=1, with_hidden=False):
+        """The cache of right-aligned prompts, copies of a row beside each other; and hidden states where asked for.
+
+        Returns:
+            The cache, and the hidden states `[B, P, D]` of the prompts or `None`.
+        """
+        first_columns = _on_device(np.repeat(first_column, copies))
         first_column = _on_device(first_column)
         embed = self._program(("embed", network.key), lambda: prefill.make_embed(network))
         x = embed(weights["ends"], _on_device(token_ids))
         layers = []
         for index, block_weights in enumerate(weights["blocks"]):
             last = index == len(weights["blocks"]) - 1 and not with_hidden
-            outputs = self._prefill_block(network, index, capacity, last)(block_weights, x, first_column)
+            outputs = self._prefill_block(network, index, capacity, copies, last)(block_weights, x, first_column)
             x = None if last else outputs[0]
             layers.append(tuple(outputs[-2:]))
-        cache = {"layers": tuple(layers), "first_column": first_column}
+        cache = {"layers": tuple(layers), "first_column": first_columns}
         if not with_hidden:
             return cache, None
         hidden = self._program(("hidden", network.key), lambda: prefill.make_hidden(network))
         return cache, hidden(weights["ends"], x, first_column)
 
-    def _prefill_block(self, network, index, capacity, last):
+    def _prefill_block(self, network, index, capacity, copies, last):
         make = prefill.make_last_block if last else prefill.make_block
         index = network.representatives[index]
-        return self._program((make.__name__, network.key, index, capacity), lambda: make(network, index, capacity))
+        key = make.__name__, network.key, index, capacity, copies
+        return self._program(key, lambda: make(network, index, capacity, copies))
 
     def _search(self, request):
         network = network_of(self.backbone, self.memory)
         weights = network.weights()
-        token_ids, first_column = _right_aligned(request.prompts)
+        prompts = [prompt for prompt in request.prompts for _ in range(request.continuations)]
+        new_tokens = np.repeat(request.new_tokens, request.continuations)
+        token_ids, first_column = _right_aligned(prompts)
         length = token_ids.shape[1]
         total = length + max(request.new_tokens)
         room = [(0, 0), (0, total - length)]
@@ -260,8 +281,8 @@ class Engine:
             _scalar(length),
             request.sampler_values,
         )
-        rows = whole(tokens)[: len(request.prompts), length:]
-        return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, request.new_tokens)], sampler_values
+        rows = whole(tokens)[: len(prompts), length:]
+        return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, new_tokens)], sampler_values
 
     def _program(self, key, make, donated=()):
         if key not in self.programs:

@@ -23,24 +23,24 @@ def make_embed(network):
     return embed
 
 
-def make_block(network, index, capacity):
-    """Program `(block weights, x [B, P, D], first_column [B]) → x, key, value [B, K, capacity, H]`."""
+def make_block(network, index, capacity, copies=1):
+    """Program `(block weights, x [B, P, D], first_column [B]) → x, key, value [copies * B, K, capacity, H]`."""
 
     def run_block(weights, x, first_column):
         block = network.block(index, weights)
         query, key, value = block.queries_keys_values(x, _rotation(network, x, first_column))
         x = kernels.rows_apart(block.finish(x, kernels.prompt_attention(query, key, value, first_column)))
-        return x, *_columns_of_cache(capacity, key, value)
+        return x, *_columns_of_cache(capacity, copies, key, value)
 
     return run_block
 
 
-def make_last_block(network, index, capacity):
+def make_last_block(network, index, capacity, copies=1):
     """Program as of `make_block`, without `x`."""
 
     def run_block(weights, x, first_column):
         key, value = network.block(index, weights).keys_values(x, _rotation(network, x, first_column))
-        return tuple(_columns_of_cache(capacity, key, value))
+        return tuple(_columns_of_cache(capacity, copies, key, value))
 
     return run_block
 
@@ -59,8 +59,9 @@ def make_hidden(network):
     return hidden
 
 
-def _columns_of_cache(capacity, *heads):
-    return [kernels.cache_apart(with_capacity(heads_first(x), capacity)) for x in heads]
+def _columns_of_cache(capacity, copies, *heads):
+    """Columns of the cache of keys and of values: rows that begin alike each have their own to go on with."""
+    return [kernels.cache_apart(with_capacity(ops.repeat(heads_first(x), copies, axis=0), capacity)) for x in heads]
 
 
 def _rotation(network, x, first_column):

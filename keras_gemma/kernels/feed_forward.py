@@ -11,6 +11,9 @@ from keras_gemma.kernels.platform import on_jax_cpu
 # Of GELU's approximation by a hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
 ROOT = math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715
+# A branch of the GeGLU that is no larger is kept for the backward pass, and computed once more otherwise: small models
+# have memory to spare, and the product is a seventh of a step.
+KEPT_BYTES = 12 * 2**20
 
 
 def prefers_own_geglu(x):
@@ -19,11 +22,11 @@ def prefers_own_geglu(x):
 
 
 def geglu(x, gating, gating_2, linear):
-    """`(gelu(x · gating) * (x · gating_2)) · linear`, keeping one branch for the backward pass (JAX).
+    """`(gelu(x · gating) * (x · gating_2)) · linear`, with a backward pass of its own (JAX).
 
-    The backward pass computes the other branch once more. That costs a product, and less time than XLA for CPUs
-    loses otherwise: it computes `xᵀ · y` a third slower than a product whose left operand has been transposed before.
-    GELU is the approximation by a hyperbolic tangent.
+    XLA for CPUs computes `xᵀ · y` a third slower than a product whose left operand has been transposed before, which
+    the gradients of the weights are here. Of the two branches, the backward pass computes the gate once more where it
+    is larger than `KEPT_BYTES`. GELU is the approximation by a hyperbolic tangent.
 
     Args:
         x: float tensor `[B, T, D]`.
@@ -67,12 +70,13 @@ def _jax_geglu():
 
     def forward(rows, gating, gating_2, linear):
         gate, up = rows @ gating, rows @ gating_2
-        return (gate * _share(gate) * up) @ linear, (rows, gating, gating_2, linear, up)
+        kept = gate if gate.size * gate.dtype.itemsize <= KEPT_BYTES else None
+        return (gate * _share(gate) * up) @ linear, (rows, gating, gating_2, linear, kept, up)
 
     def backward(saved, of_result):
-        rows, gating, gating_2, linear, up = saved
+        rows, gating, gating_2, linear, kept, up = saved
         # XLA would find the gate in the forward pass, and keep it.
-        gate = after(of_result, rows) @ gating
+        gate = after(of_result, rows) @ gating if kept is None else after(of_result, kept)
         up = after(of_result, up)
         share = _share(gate)
         of_gated = of_result @ linear.T

@@ -115,6 +115,7 @@ class ReinforceTrainer:
             "kl_coefficient": vars(self.kl_coefficient).copy(),
         }
         self._average = None
+        self._rows = []
         self._stop_token_ids = list(policy.preprocessor.tokenizer.stop_token_ids)
 
     # === The loop ===
@@ -301,7 +302,14 @@ class ReinforceTrainer:
 
     def _rollouts(self, token_ids, group_size, seed):
         return rolling.sample(
-            self.policy, token_ids, group_size, self.max_new_tokens, self.temperature, self._stop_token_ids, seed
+            self.policy,
+            token_ids,
+            group_size,
+            self.max_new_tokens,
+            self.temperature,
+            self._stop_token_ids,
+            seed,
+            longest_prompt=max(map(len, self._rows), default=0),
         )
 
     def _learns_in_one_pass(self, batch):

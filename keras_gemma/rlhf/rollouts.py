@@ -36,7 +36,7 @@ class Rollouts:
         return rows.microbatches(self.prompts, self.responses, count)
 
 
-def sample(policy, prompts, group_size, max_new_tokens, temperature, stop_token_ids, seed):
+def sample(policy, prompts, group_size, max_new_tokens, temperature, stop_token_ids, seed, longest_prompt=0):
     """Draws responses from all of the policy's distribution, token by token.
 
     Args:
@@ -47,15 +47,25 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature, stop_token_
         temperature: float.
         stop_token_ids: list of ids that end a response.
         seed: int. Equal seeds give equal samples.
+        longest_prompt: int, tokens of the longest prompt of all calls, where it is known: they share what is compiled.
 
     Returns:
         `Rollouts`.
     """
-    repeated = [prompt for prompt in prompts for _ in range(group_size)]
+    longest_prompt = max(longest_prompt, *map(len, prompts))
     sampler = keras_hub.samplers.RandomSampler(temperature=temperature)
     with generation.Sampling(sampler, seed) as sampling:
-        limits = [max_new_tokens] * len(repeated)
-        request = generation.Request(repeated, limits, stop_token_ids, sampler, sampling.values)
+        request = generation.Request(
+            prompts,
+            [max_new_tokens] * len(prompts),
+            stop_token_ids,
+            sampler,
+            sampling.values,
+            continuations=group_size,
+            # All that a rollout can need, which attention at every step reads.
+            most_columns=generation.prompt_bucket(longest_prompt) + max_new_tokens,
+        )
         responses, sampling.values = policy.engine.generate(request)
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
     ended = np.array([response[-1] in stop_token_ids for response in responses])
     return Rollouts(repeated, responses, ended)

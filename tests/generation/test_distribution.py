@@ -16,8 +16,17 @@ import keras, numpy as np
 from generation.conftest import build, random_prompts, rows_of, tokens_of
 from keras_gemma.models import GemmaBackbone
 
+from keras_gemma.generation import Request, Sampling, resolve_sampler
+
 inputs = tokens_of(random_prompts(5, 1, 9), 20)
 expected = rows_of(build().generate(inputs, stop_token_ids=None))
+
+def continued(model):
+    sampling = Sampling(resolve_sampler("greedy"))
+    request = Request(random_prompts(5, 1, 9), [4] * 3, [], sampling.sampler, sampling.values, continuations=2)
+    return model.engine.generate(request)[0]
+
+continuations = continued(build())
 
 mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"])
 layout_map = GemmaBackbone.get_layout_map(mesh)
@@ -26,7 +35,9 @@ for distribution in (
     keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch"),
 ):
     with distribution.scope():
-        rows = rows_of(build().generate(inputs, stop_token_ids=None))
+        model = build()
+        rows = rows_of(model.generate(inputs, stop_token_ids=None))
+        assert continued(model) == continuations, distribution
     assert rows == expected, (distribution, rows, expected)
 """
 

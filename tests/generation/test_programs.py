@@ -17,9 +17,10 @@ from keras_gemma.generation.buckets import bucket
 compiles = pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs eagerly")
 
 
-def request(prompts, new_tokens, stop_token_ids=(), sampler="greedy"):
+def request(prompts, new_tokens, stop_token_ids=(), sampler="greedy", **kwargs):
     sampling = Sampling(resolve_sampler(sampler))
-    return Request(prompts, [new_tokens] * len(prompts), list(stop_token_ids), sampling.sampler, sampling.values)
+    limits = [new_tokens] * len(prompts)
+    return Request(prompts, limits, list(stop_token_ids), sampling.sampler, sampling.values, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,39 @@ def test_a_batch_filled_up_is_the_batch(engine):
     alone = [engine.generate(request([prompt], 6))[0][0] for prompt in prompts]
     assert len(five) == 5
     assert five == alone
+
+
+@pytest.mark.multi_backend
+@pytest.mark.parametrize("sampler", ["greedy", "beam"])
+def test_continuations_of_a_prompt_are_those_of_its_copies(engine, sampler):
+    prompts = random_prompts(9, 30, 4)
+    limits = request(prompts, 6, sampler=sampler, continuations=2)
+    limits.new_tokens = [6, 2, 5]
+    together, _ = engine.generate(limits)
+    copies = request([prompt for prompt in prompts for _ in range(2)], 6, sampler=sampler)
+    copies.new_tokens = [6, 6, 2, 2, 5, 5]
+    assert together == engine.generate(copies)[0]
+    assert [len(row) for row in together] == copies.new_tokens
+
+
+def test_continuations_of_a_prompt_differ_by_chance(engine):
+    rows, _ = engine.generate(request(random_prompts(9), 8, sampler="random", continuations=6))
+    assert len(set(map(tuple, rows))) == 6
+
+
+@pytest.mark.parametrize("most, capacities", [(None, [256, 384]), (300, [256, 300]), (10, [256, 289])])
+def test_a_cache_is_no_larger_than_what_callers_need(engine, most, capacities):
+    # A prompt of 32 columns once it is filled up.
+    asked = request(random_prompts(9), 257, most_columns=most)
+    expected, _ = engine.generate(request(random_prompts(9), 257))
+    decoding = engine.start(asked)
+    seen = [decoding.capacity]
+    while not decoding.finished:
+        engine.advance(decoding)
+        seen.append(decoding.capacity)
+    assert sorted(set(seen)) == capacities
+    assert decoding.new_ids() == expected
+    assert engine.start(request(random_prompts(9), 5, most_columns=40)).capacity == 40
 
 
 def test_results_outlive_the_next_step(engine):

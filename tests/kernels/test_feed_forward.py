@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_gemma import kernels
+from keras_gemma.kernels import feed_forward
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 
 jax = pytest.importorskip("jax")
@@ -24,9 +25,21 @@ def plain(x, gating, gating_2, linear):
     return (jax.nn.gelu(x @ gating, approximate=True) * (x @ gating_2)) @ linear
 
 
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """Branches are as those of large models."""
+    monkeypatch.setattr(feed_forward, "KEPT_BYTES", 0)
+
+
+@pytest.fixture(params=[True, False], ids=["kept", "computed again"])
+def either_way(request):
+    if not request.param:
+        request.getfixturevalue("nothing_kept")
+
+
 # With 4 the gate is far on both sides of what GELU bends.
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-def test_value_and_gradients(scale):
+def test_value_and_gradients(scale, either_way):
     arguments = random_arguments(scale=scale)
     of_result = np.random.default_rng(1).normal(size=arguments[0].shape).astype("float32")
     values, gradients = zip(*(_value_and_gradients(one, arguments, of_result) for one in (kernels.geglu, plain)))
@@ -40,18 +53,20 @@ def _value_and_gradients(function, arguments, of_result):
     return value, gradients_of(of_result)
 
 
-def test_the_backward_pass_finds_one_branch():
+@pytest.mark.parametrize("limit, branches", [(3 * 5 * 12 * 4, 2), (3 * 5 * 12 * 4 - 1, 1)])
+def test_small_branches_are_kept(limit, branches, monkeypatch):
+    monkeypatch.setattr(feed_forward, "KEPT_BYTES", limit)
     arguments = random_arguments(batch=3, length=5, branch=12)
     _, gradients_of = jax.vjp(kernels.geglu, *arguments)
     kept = sum(x.size for x in jax.tree.leaves(gradients_of))
-    assert kept == sum(x.size for x in arguments) + 3 * 5 * 12
+    assert kept == sum(x.size for x in arguments) + branches * 3 * 5 * 12
 
 
 def compiled(function, *arguments, **settings):
     return jax.jit(function, **settings).lower(*arguments).compile()
 
 
-def test_compiled_one_branch_of_each_layer_is_kept():
+def test_compiled_one_large_branch_of_each_layer_is_kept(nothing_kept):
     # XLA would like to keep the other branch as well, and what GELU makes of it.
     arguments = random_arguments(batch=1, length=256, width=8, branch=1024)
     layers = 16
