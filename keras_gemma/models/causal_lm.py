@@ -418,7 +418,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         prompts, batched = text_generation.prompts_of_text(self.preprocessor, inputs)
         new_ids = self._new_ids(prompts, sampling, default_length=self.preprocessor.sequence_length, **settings)
         rows = new_ids if strip_prompt else [a + b for a, b in zip(prompts, new_ids)]
-        texts = [self.preprocessor.decode(row) for row in rows]
+        texts = self.preprocessor.decode_rows(rows)
         return texts if batched else texts[0]
 
     def _new_ids(self, prompts, sampling, **settings):

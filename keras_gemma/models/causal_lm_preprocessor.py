@@ -222,16 +222,21 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         mask = _as_numpy(mask).astype(bool)
         if token_ids.ndim == 1:
             return self.decode(token_ids[mask])
-        return [self.decode(row[row_mask]) for row, row_mask in zip(token_ids, mask)]
+        return self.decode_rows([row[row_mask] for row, row_mask in zip(token_ids, mask)])
 
     def decode(self, ids):
         """Text of one row of ids, without `<bos>`, `<eos>`, padding and a closing `<end_of_turn>`."""
-        ids = [int(i) for i in ids]
+        return self.decode_rows([ids])[0]
+
+    def decode_rows(self, rows):
+        """Texts of rows of ids, as of `decode`: a list of strings."""
         special = set(self.tokenizer.special_token_ids)
-        kept = [i for i in ids if i not in special]
-        if kept and kept[-1] == self.tokenizer.end_of_turn_id:
-            kept.pop()
-        return self.tokenizer.detokenize(kept) if kept else ""
+        kept = [[int(i) for i in row if int(i) not in special] for row in rows]
+        for ids in kept:
+            if ids and ids[-1] == self.tokenizer.end_of_turn_id:
+                ids.pop()
+        # In one call: SentencePiece starts threads at each.
+        return self.tokenizer.detokenize(kept) if kept else []
 
     @classmethod
     def from_preset(cls, preset, config_file="preprocessor.json", **kwargs):

@@ -243,7 +243,7 @@ class ReinforceTrainer:
                 rollouts = self._rollouts(token_ids, 1, seed)
         else:
             rollouts = self._rollouts(token_ids, 1, seed)
-        return [self.policy.preprocessor.decode(response) for response in rollouts.responses]
+        return self.policy.preprocessor.decode_rows(rollouts.responses)
 
     def train_on(self, prompts, token_ids):
         """Makes one step.
@@ -258,10 +258,10 @@ class ReinforceTrainer:
         began = time.monotonic()
         seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0] >> 1)
         rollouts = self._rollouts(token_ids, self.group_size, seed)
+        prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
+        texts = self.policy.preprocessor.decode_rows(rollouts.responses)
         sampled = time.monotonic()
-        rewards = rewarding.of_rollouts(
-            self.reward, self.policy, prompts, rollouts, self.group_size, self.microbatch_size
-        )
+        rewards = rewarding.of_rollouts(self.reward, self.policy, prompts, texts, rollouts, self.microbatch_size)
         batch = placed(rollouts.microbatches(self.microbatch_size))
         batch["reference_logps"], _ = self.update.log_probabilities(batch, of_reference=True)
         coefficient, penalties = self.kl_coefficient.value, self.penalty_without_end * ~rollouts.ended
@@ -280,7 +280,7 @@ class ReinforceTrainer:
         self._expect(float(penalised.mean()))
         self.kl_coefficient.update(float(kl.mean()))
         self.step += 1
-        self._remember(prompts, rollouts, rewards, kl)
+        self._remember(prompts, texts, rollouts, rewards, kl)
         actions = rollouts.lengths.sum()
         return {
             "reward": float(rewards.mean()),
@@ -342,17 +342,10 @@ class ReinforceTrainer:
         if self.baseline == "moving_average":
             self._average = mean if self._average is None else MOMENTUM * self._average + (1 - MOMENTUM) * mean
 
-    def _remember(self, prompts, rollouts, rewards, kl):
-        decode = self.policy.preprocessor.decode
+    def _remember(self, prompts, texts, rollouts, rewards, kl):
         self.samples = [
-            {
-                "prompt": prompts[i // self.group_size],
-                "response": decode(rollouts.responses[i]),
-                "reward": float(rewards[i]),
-                "kl": float(kl[i]),
-                "ended": bool(rollouts.ended[i]),
-            }
-            for i in range(len(rollouts))
+            {"prompt": prompt, "response": text, "reward": float(reward), "kl": float(one_kl), "ended": bool(ended)}
+            for prompt, text, reward, one_kl, ended in zip(prompts, texts, rewards, kl, rollouts.ended)
         ]
 
     def _loss(self, logps, entropies, microbatch):

@@ -4,26 +4,25 @@ import jax
 import numpy as np
 
 
-def of_rollouts(reward, policy, prompts, rollouts, group_size, batch_size):
+def of_rollouts(reward, policy, prompts, texts, rollouts, batch_size):
     """Float32 rewards `[N]` of `Rollouts`.
 
     Args:
         reward: a `GemmaRewardModel`, which reads the very tokens that were sampled, or a callable of two lists of
             `N`, prompts and texts.
         policy: the `GemmaCausalLM` that sampled.
-        prompts: list of the prompts as the user gave them.
+        prompts: list of `N` prompts as the user gave them.
+        texts: list of the `N` responses.
         rollouts: `Rollouts`.
-        group_size: int, responses to each prompt.
         batch_size: int, rows that a reward model scores at once.
 
     Raises:
         ValueError: for rewards that are not one finite number for each response, and where the callable raises.
     """
-    texts = [policy.preprocessor.decode(response) for response in rollouts.responses]
     if hasattr(reward, "score_tokens"):
         rewards = reward.score_tokens(_ended_rows(policy, rollouts), batch_size)
     else:
-        rewards = called(reward, [prompt for prompt in prompts for _ in range(group_size)], texts)
+        rewards = called(reward, prompts, texts)
     return checked(rewards, texts)
 
 

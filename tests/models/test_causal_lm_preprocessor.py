@@ -343,3 +343,11 @@ def test_prompts_and_texts_pass_through_tf_data_as_through_python(make_preproces
 def test_any_number_of_literal_starts_is_one_start(make_preprocessor):
     ids = make_preprocessor()("<bos><bos>12")[0]["token_ids"]
     np.testing.assert_array_equal(ids, make_preprocessor()("12")[0]["token_ids"])
+
+
+def test_texts_of_rows_are_those_of_each(make_preprocessor):
+    preprocessor = make_preprocessor()
+    special = preprocessor.tokenizer.special_token_ids
+    rows = [preprocessor.tokenizer.encode("12"), [*special], [], preprocessor.tokenizer.encode("3 4") + special[-1:]]
+    assert preprocessor.decode_rows(rows) == [preprocessor.decode(row) for row in rows] == ["12", "", "", "3 4"]
+    assert preprocessor.decode_rows([]) == []

@@ -1,5 +1,7 @@
 """The trainer, on models so small that everything they can write is listed."""
 
+import itertools
+
 import jax
 import keras
 import keras_hub
@@ -157,11 +159,57 @@ def test_groups_that_are_cut_apart_are_scored_first(make_policy):
     assert not trainer._learns_in_one_pass({"rewards": np.zeros((2, 8))})
 
 
-def exact_gradient(policy, reference, rewards, temperature=1.0):
+def test_the_gradient_of_groups_is_that_of_reward_and_divergence(make_policy, monkeypatch):
+    """T3 without noise, baseline included: every pair of responses that two samples can be."""
+    listed = responses(tokens=4)
+    policy = make_policy(tokens=4, spread=0.25)
+    worth = Worth(listed=listed)
+    trainer = ReinforceTrainer(policy, worth, kl_coefficient=BETA, group_size=2, microbatch_size=2)
+    reference = np.array(log_probabilities(policy, listed=listed))
+    random = np.random.default_rng(7)
+    for variable in policy.trainable_variables:
+        variable.assign(variable + random.normal(0, 0.2, variable.shape))
+    rewards = np.array([worth.of[tuple(one)] for one in listed])
+    exact = exact_gradient(policy, reference, rewards, listed=listed)
+
+    pairs = list(itertools.product(range(len(listed)), repeat=2))
+    drawn = np.array(pairs).reshape(-1)
+    probabilities = np.exp(np.array(log_probabilities(policy, listed=listed)))[np.array(pairs)].prod(axis=1)
+    batch = all_of_them([listed[i] for i in drawn]).microbatches(len(drawn))
+    batch["reference_logps"] = np.array(trainer.update.log_probabilities(batch, of_reference=True)[0])
+    batch["rewards"] = rewards[drawn][None].astype("float32")
+    batch["kl_coefficients"] = np.full((1, len(drawn)), BETA, "float32")
+    batch["row_weights"] = np.repeat(probabilities, 2)[None].astype("float32") / 2
+    trainable, frozen = (
+        [v.value for v in part] for part in (policy.trainable_variables, policy.non_trainable_variables)
+    )
+
+    def error():
+        return distance(jax.jit(lambda: trainer.update.gradients(trainable, frozen, batch)[1])(), exact)
+
+    assert trainer._learns_in_one_pass(batch)
+    assert error() < 1e-4
+
+    def minus_mean(penalised, group_size):
+        groups = penalised.reshape(-1, group_size)
+        return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
+
+    def in_standard_deviations(penalised, group_size):
+        groups = penalised.reshape(-1, group_size)
+        return minus_mean(penalised, group_size) / np.repeat(groups.std(axis=1) + 1e-4, group_size)
+
+    # The mean that includes a response itself, and what is made of it.
+    for wrong in (minus_mean, in_standard_deviations):
+        with monkeypatch.context() as patch:
+            patch.setattr(objectives, "leave_one_out", wrong)
+            assert error() > 0.03, wrong
+
+
+def exact_gradient(policy, reference, rewards, temperature=1.0, listed=RESPONSES):
     """Of the mean of reward minus β times the divergence, by a sum over all responses."""
 
     def objective(trainable):
-        logps = log_probabilities_of(policy, trainable, temperature)
+        logps = log_probabilities_of(policy, trainable, temperature, listed)
         return -jax.numpy.sum(jax.numpy.exp(logps) * (rewards - BETA * (logps - reference)))
 
     return jax.jit(jax.grad(objective))([v.value for v in policy.trainable_variables])
@@ -174,6 +222,11 @@ def distance(gradients, exact):
 
 def test_training_ends_at_the_best_trade(make_policy):
     """T1: eight arms; the optimum is the reference, each arm weighted with exp(reward / β)."""
+    assert distance_of_arms(make_policy) < 0.02
+
+
+def distance_of_arms(make_policy, kl_coefficient=0.5):
+    """Total variation from the best trade at a coefficient of 0.5, after training at another perhaps."""
     policy = make_policy(spread=0.3, tokens=8)
     policy.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.06, 100)))
     rewards = np.random.default_rng(1).normal(0, 0.5, 8).astype("float32")
@@ -190,11 +243,50 @@ def test_training_ends_at_the_best_trade(make_policy):
 
     best = probabilities() * np.exp(rewards / 0.5)
     trainer = ReinforceTrainer(
-        policy, Arms(), kl_coefficient=0.5, group_size=256, max_new_tokens=1, microbatch_size=256
+        policy, Arms(), kl_coefficient=kl_coefficient, group_size=256, max_new_tokens=1, microbatch_size=256
     )
     for _ in range(100):
         trainer.train_on([PROMPT], [PROMPT])
-    assert 0.5 * np.abs(probabilities() - best / best.sum()).sum() < 0.02
+    return 0.5 * np.abs(probabilities() - best / best.sum()).sum()
+
+
+def of_the_wrong_sign(patch):
+    right = objectives.sequence_kl
+    patch.setattr(objectives, "sequence_kl", lambda one, other, mask: -right(one, other, mask))
+
+
+def as_a_loss(estimate):
+    """The divergence descended by the gradient of its estimate from tokens, and not weighed against the reward."""
+
+    def mistake(patch):
+        right = ReinforceTrainer._loss
+
+        def loss(trainer, logps, entropies, microbatch):
+            of_rewards = {**microbatch, "kl_coefficients": 0.0 * microbatch["kl_coefficients"]}
+            value, *rest = right(trainer, logps, entropies, of_rewards)
+            estimates = estimate(logps - microbatch["reference_logps"]) * microbatch["mask"]
+            weights = microbatch["kl_coefficients"] * microbatch["row_weights"]
+            return value + (weights * estimates.sum(axis=-1)).sum(), *rest
+
+        patch.setattr(ReinforceTrainer, "_loss", loss)
+
+    return mistake
+
+
+# Of a token's log-ratio, after Schulman (2020).
+k1_as_a_loss = as_a_loss(lambda log_ratio: log_ratio)
+k3_as_a_loss = as_a_loss(lambda log_ratio: jax.numpy.exp(-log_ratio) - 1 + log_ratio)
+
+
+@pytest.mark.parametrize("mistake", [k1_as_a_loss, k3_as_a_loss, of_the_wrong_sign], ids=["k1", "k3", "sign"])
+def test_mistakes_choose_other_arms(make_policy, monkeypatch, mistake):
+    """What goes wrong in practice misses the threshold of T1 by far."""
+    mistake(monkeypatch)
+    assert distance_of_arms(make_policy) > 0.06
+
+
+def test_without_divergence_other_arms_are_chosen(make_policy):
+    assert distance_of_arms(make_policy, kl_coefficient=0.0) > 0.2
 
 
 @pytest.mark.slow
@@ -219,12 +311,28 @@ def divergence_per_token(patch):
     patch.setattr(objectives, "sequence_kl", lambda one, other, mask: whole(one, other, mask) / mask.sum(axis=-1))
 
 
+def divergence_of_its_own_token(patch):
+    """Every token pays for its own log-ratio alone, and not for what it leads to."""
+
+    def loss(trainer, logps, entropies, microbatch):
+        mask, weights = microbatch["mask"], microbatch["row_weights"]
+        log_ratios = (jax.lax.stop_gradient(logps) - microbatch["reference_logps"]) * mask
+        of_rewards = objectives.leave_one_out(microbatch["rewards"], trainer.group_size)
+        advantages = of_rewards[:, None] - microbatch["kl_coefficients"][:, None] * log_ratios
+        of_rows = {"kl": log_ratios.sum(axis=-1), "entropies": (entropies * mask).sum(axis=-1)}
+        return -(weights[:, None] * advantages * logps * mask).sum(), {}, of_rows
+
+    patch.setattr(ReinforceTrainer, "_loss", loss)
+
+
 def not_all_of_the_policy(patch):
     patch.setattr(keras_hub.samplers, "RandomSampler", lambda temperature: keras_hub.samplers.TopKSampler(k=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", [without_end, divergence_per_token, not_all_of_the_policy])
+@pytest.mark.parametrize(
+    "mistake", [without_end, divergence_per_token, divergence_of_its_own_token, not_all_of_the_policy]
+)
 def test_mistakes_end_elsewhere(make_policy, monkeypatch, mistake):
     """What goes wrong in practice misses the threshold of T2 by far."""
     mistake(monkeypatch)
