@@ -16,6 +16,7 @@ from keras_gemma import startup
 if __name__ == "__main__":
     startup.leave_out_tensorflow()
 
+import eight_devices_rlhf
 import grain
 import jax
 import keras
@@ -31,6 +32,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
+from keras_gemma.rlhf import ReinforceTrainer
 from keras_gemma.training import AdamW
 from keras_gemma.training import ExactResume
 from keras_gemma.training.checkpoint_folder import CheckpointFolder
@@ -82,6 +84,40 @@ def crossed():
     mesh = keras.distribution.DeviceMesh((1, 2, 2), ("replica", "data", "model"))
     devices = mesh.devices.reshape(2, 2).T.reshape(1, 2, 2)
     return distribution.PodParallel(keras.distribution.DeviceMesh(devices.shape, mesh.axis_names, devices.flatten()))
+
+
+def policies_learn_as_on_one_device(folder):
+    for run_of in (eight_devices_rlhf.reinforced, eight_devices_rlhf.preferred):
+        eight_devices_rlhf.assert_equal_to_one_device(run_of, "2b", (2, 2, 1), (1, 2, 2))
+
+
+def a_policy_goes_on_where_several_processes_stopped(folder):
+    """And all learn from the rewards of the first, whatever their own are."""
+    asked = []
+
+    def letters(prompts, texts):
+        asked.append(texts)
+        return [text.count("e") + jax.process_index() for text in texts]
+
+    def reinforced(epochs, checkpoints):
+        trainer = ReinforceTrainer(
+            eight_devices_rlhf.policy("2b"),
+            letters,
+            max_new_tokens=6,
+            group_size=2,
+            baseline="moving_average",
+        )
+        settings = {"batch_size": 3, "verbose": 0, "save_every_steps": 1}
+        history = trainer.fit(eight_devices_rlhf.PROMPTS, epochs=epochs, checkpoints=checkpoints, **settings).history
+        weights = [distribution.whole(weight) for weight in trainer.policy.weights]
+        return weights, [history[name] for name in ("reward", "kl", "loss")], trainer.samples
+
+    with pods(1, 2, 2).scope():
+        expected = reinforced(3, folder / "unbroken")
+        reinforced(1, folder / "broken")
+        received = reinforced(3, folder / "broken")
+    assert len(asked) == 3 + 1 + 2 and received[1][1][2] != 0
+    jax.tree.map(np.testing.assert_array_equal, received, expected)
 
 
 def batches_of_any_size_are_predicted(folder):

@@ -51,3 +51,8 @@ def test_every_mesh_trains_and_generates_as_one_device_does(on_processes, count,
 @pytest.mark.slow
 def test_batches_of_any_size_and_own_shares(on_processes):
     on_processes(2, "batches_of_any_size_are_predicted", "own_shares_train_as_all_rows_do")
+
+
+@pytest.mark.slow
+def test_policies_learn_on_two_processes(on_processes):
+    on_processes(2, "policies_learn_as_on_one_device", "a_policy_goes_on_where_several_processes_stopped")
