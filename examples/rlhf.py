@@ -39,7 +39,6 @@ from keras_gemma import startup
 
 startup.leave_out_tensorflow()
 
-import csv
 import json
 
 import keras
@@ -62,6 +61,8 @@ from keras_gemma import GemmaRewardModel
 from keras_gemma import data
 from keras_gemma import training
 from keras_gemma.rlhf import ReinforceTrainer
+from keras_gemma.rlhf import RunReport
+from keras_gemma.rlhf import SideBySide
 
 SEED = 2403_08295 % 2**31
 # Of the definitions: what each stage sees, no two of them the same.
@@ -71,7 +72,9 @@ TUNING_ROW = 64
 PAIRS = dict(batch_size=8, learning_rate=1e-3, warmup=0.1, centring=0.01)
 POLICY = dict(learning_rate=2e-4, kl_coefficient=0.1, group_size=4, penalty_without_end=2.0, microbatch_size=64)
 PROMPTS_PER_STEP = 16
-STEPS_BETWEEN_REPORTS = 5
+STEPS_BETWEEN_JUDGEMENTS = 5
+# Words whose answers are compared during REINFORCE; it learns nothing from them.
+WORDS_TO_WATCH = 256
 PROMPTS_TO_JUDGE = 1000
 ROWS_TO_SCORE = 64
 SAMPLES = 12
@@ -203,32 +206,22 @@ def reinforce(folder, tuned, reward, rater, parts, steps):
         seed=SEED,
         **settings,
     )
-    trainer.fit(
-        [*map(definitions.prompt_of, parts["policy"])],
+    prompts = [*map(definitions.prompt_of, parts["policy"])]
+    watched = min(WORDS_TO_WATCH, len(prompts) // 2)
+    judge = SideBySide(trainer, judge_of_texts(rater), prompts[-watched:], every=STEPS_BETWEEN_JUDGEMENTS)
+    report = RunReport(trainer, folder / "report")
+    history = trainer.fit(
+        prompts[:-watched],
         batch_size=PROMPTS_PER_STEP,
-        steps=STEPS_BETWEEN_REPORTS,
-        epochs=steps // STEPS_BETWEEN_REPORTS,
-        callbacks=[
-            HeldOutRater(trainer, judge_of_texts(rater)),
-            keras.callbacks.CSVLogger(folder / "log.csv"),
-        ],
+        steps=STEPS_BETWEEN_JUDGEMENTS,
+        epochs=steps // STEPS_BETWEEN_JUDGEMENTS,
+        callbacks=[judge, report],
         verbose=2,
     )
-    write_json(folder / "steps.json", trainer.step)
+    print(f"the rater prefers the policy in {judge.judgements[-1]['win_rate']:.1%} of {watched} pairs")
+    write_json(folder / "history.json", history.history)
+    write_json(folder / "judgements.json", judge.judgements)
     policy.save_to_preset(folder / "preset")
-
-
-class HeldOutRater(keras.callbacks.Callback):
-    """Logs what the rater makes of the samples of the last step."""
-
-    def __init__(self, trainer, rater):
-        super().__init__()
-        self.trainer = trainer
-        self.rater = rater
-
-    def on_epoch_end(self, epoch, logs=None):
-        prompts, responses = ([sample[name] for sample in self.trainer.samples] for name in ("prompt", "response"))
-        logs["rater"] = float(self.rater.score(prompts, responses, ROWS_TO_SCORE).mean())
 
 
 # === Judgement ===
@@ -251,7 +244,8 @@ def judge(folder, tuned, reward, rater, policy, pairs, parts):
         },
         "longer": {kind: definitions.share_longer(part) for kind, part in held_out_pairs.items()},
         "accuracy": {name: accuracies(one, held_out_pairs) for name, one in judges.items()},
-        "kl": last_kl(policy / "log.csv"),
+        "kl": read_json(policy / "history.json")["kl"][-1],
+        "judgements": read_json(policy / "judgements.json"),
         "prompts": len(parts["held_out"][:PROMPTS_TO_JUDGE]),
         **side_by_side(shipped, tuned, judges, parts["held_out"][:PROMPTS_TO_JUDGE]),
     }
@@ -259,8 +253,9 @@ def judge(folder, tuned, reward, rater, policy, pairs, parts):
 
 
 def judge_of_texts(folder):
-    """A trained reward model, with room for texts that take more tokens than they were written with."""
-    return GemmaRewardModel.from_preset(folder / "preset", sequence_length=2 * definitions.ROW)
+    """A trained reward model, with room for texts that take more tokens than they were written with: a single byte of
+    no character is three tokens when it is read again."""
+    return GemmaRewardModel.from_preset(folder / "preset", sequence_length=4 * definitions.ROW)
 
 
 def accuracies(judge, pairs_by_kind):
@@ -304,11 +299,6 @@ def compared(tuned, policy, judges, words):
         "writing": {name: definitions.habits(texts[name]) for name in texts},
         "samples": [[words[i].word, tuned[i], policy[i]] for i in range(min(SAMPLES, len(words)))],
     }
-
-
-def last_kl(log):
-    with open(log, newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["kl"])
 
 
 def settings_in_words(steps):

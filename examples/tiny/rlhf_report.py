@@ -1,11 +1,12 @@
 """What the run of `examples/rlhf.py` leaves behind: preset, curves, figures and README."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tiny.definitions import TEMPERATURE_OF_REJECTED
 
 NAME = "gemma_tiny_instruct_en"
@@ -28,7 +29,7 @@ def publish(preset_dir: Path, preset: Path, tuned: Path, policy: Path, result: d
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(preset, partial)
     draw_tuning(json.loads((tuned / "loss.json").read_text()), result, partial / "tuning_curve.png")
-    draw_reinforce(policy / "log.csv", partial / "reinforce_curve.png")
+    shutil.copy(policy / "report" / "reward_against_kl.png", partial / "reinforce_curve.png")
     (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (partial / "README.md").write_text(readme(result, licence))
     shutil.rmtree(preset_dir, ignore_errors=True)
@@ -42,50 +43,16 @@ def draw_tuning(losses, result, path):
     """The loss of tuning, and where held-out definitions began and ended."""
     points = [np.mean(losses[i : i + STEPS_OF_A_POINT]) for i in range(0, len(losses), STEPS_OF_A_POINT)]
     steps = np.minimum(np.arange(1, len(points) + 1) * STEPS_OF_A_POINT, len(losses))
-    figure, axes = _figure()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     axes.plot(steps, points, label=f"definitions tuned on, mean of {STEPS_OF_A_POINT} steps")
     held_out = np.log([result["perplexity"][name] for name in ("base", "tuned")])
     axes.plot([0, len(losses)], held_out, "o", label="held-out definitions, before and after")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token of the response)", title=f"{NAME}: tuning")
-    _save(figure, axes, path)
-
-
-def draw_reinforce(log, path):
-    """Both judges' rewards over the steps, and over the KL that they cost."""
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    reward, rater, kl = (np.array([float(row[name]) for row in rows]) for name in ("reward", "rater", "kl"))
-    steps = (np.arange(len(rows)) + 1) * _steps_between(rows, log)
-    figure, (over_steps, over_kl) = _figure(2)
-    for axes, x in ((over_steps, steps), (over_kl, kl)):
-        style = "-" if axes is over_steps else "o"
-        axes.plot(x, reward, style, markersize=3, label="reward model")
-        axes.plot(x, rater, style, markersize=3, label="rater that nothing learns from")
-    over_steps.plot(steps, kl, ":", color="gray", label="KL (nats)")
-    over_steps.set(xlabel="step", ylabel="reward of the policy's samples", title=f"{NAME}: REINFORCE")
-    over_kl.set(xlabel="KL to the tuned model (nats of a response)", ylabel="reward")
-    over_kl.grid(alpha=0.3)
-    _save(figure, over_steps, path)
-
-
-def _steps_between(rows, log):
-    return json.loads(Path(log).with_name("steps.json").read_text()) // len(rows)
-
-
-def _figure(panels=1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(1, panels, figsize=(7 if panels == 1 else 10, 4), layout="constrained")
-
-
-def _save(figure, axes, path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
-    figure.clear()
 
 
 # === Tables ===
@@ -147,6 +114,7 @@ def readme(result, licence):
         minutes=sum(seconds.values()) / 60,
         licence="\n".join(f"> {line}".rstrip() for line in licence.split("\n")),
         temperature=TEMPERATURE_OF_REJECTED,
+        judgements=", ".join(f"{one['win_rate']:.1%} after step {one['step']}" for one in result["judgements"]),
         kl=result["kl"],
         prompts=result["prompts"],
         **result["run"],
@@ -203,7 +171,8 @@ Float32, all weights, {minutes:.0f} minutes in all on two cores, the sum of the 
 
 - Supervised tuning: {tuning}.
 - Reward model and rater, each from the tuned weights with a seed of its own: {reward_models}.
-- REINFORCE with the KL to the tuned model in the reward: {reinforce}.
+- REINFORCE with the KL to the tuned model in the reward: {reinforce}. The rater looked on, at words that the policy
+  did not learn from; its win rate against the tuned model was {judgements}.
 
 | stage | time |
 | --- | --- |
