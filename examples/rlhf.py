@@ -208,7 +208,8 @@ def reinforce(folder, tuned, reward, rater, parts, steps):
     )
     prompts = [*map(definitions.prompt_of, parts["policy"])]
     watched = min(WORDS_TO_WATCH, len(prompts) // 2)
-    judge = SideBySide(trainer, judge_of_texts(rater), prompts[-watched:], every=STEPS_BETWEEN_JUDGEMENTS)
+    looking_on = GemmaRewardModel.from_preset(rater / "preset")
+    judge = SideBySide(trainer, looking_on, prompts[-watched:], every=STEPS_BETWEEN_JUDGEMENTS)
     report = RunReport(trainer, folder / "report")
     history = trainer.fit(
         prompts[:-watched],

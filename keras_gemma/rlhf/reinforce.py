@@ -3,6 +3,7 @@
 prompts ─→ rollouts ─→ rewards ─→ minus β · KL ─→ advantages ─→ gradients ─→ policy
 """
 
+import contextlib
 import time
 
 import jax
@@ -169,31 +170,42 @@ class ReinforceTrainer:
 
     def _checked(self, prompts, batch_size):
         """Token ids of all prompts, before anything is trained."""
-        if not isinstance(prompts, (list, tuple)):
-            raise ValueError(f"Prompts are a list of strings or dialogues. Received: {type(prompts).__name__}")
-        if not 1 <= batch_size <= len(prompts):
+        rows = self.prompt_rows(prompts)
+        if not 1 <= batch_size <= len(rows):
             raise ValueError(f"A batch has 1 to all prompts. Received: batch_size={batch_size}, {len(prompts)} prompts")
-        return [self._row(number, prompt) for number, prompt in enumerate(prompts)]
+        return rows
 
-    def _row(self, number, prompt):
+    def prompt_rows(self, prompts, raters=()):
+        """Token ids of prompts that leave room for responses.
+
+        Args:
+            prompts: list of strings or dialogues.
+            raters: further models that read the responses.
+
+        Returns:
+            A list of lists of ints.
+
+        Raises:
+            ValueError: for what is no list, no prompts, empty ones, and those that leave no room.
+        """
+        if not isinstance(prompts, (list, tuple)) or not prompts:
+            received = "none" if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+            raise ValueError(f"Prompts are a list of strings or dialogues, one at least. Received: {received}")
+        readers = [self.reward, *raters] if self._has_reward_model else raters
+        rows = [self.policy.preprocessor.sequence_length, *map(rewarding.longest_row, readers)]
+        longest = min(rows) - self.max_new_tokens
+        return [self._row(number, prompt, longest) for number, prompt in enumerate(prompts)]
+
+    def _row(self, number, prompt, longest):
         if not prompt or not isinstance(prompt, (str, list)) or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"A prompt says something. Received: {prompt!r}, number {number}")
         row = self.policy.preprocessor.prompt_ids(prompt)
-        if len(row) > self._longest_prompt:
+        if len(row) > longest:
             raise ValueError(
-                f"A prompt leaves room for `max_new_tokens={self.max_new_tokens}` in the `sequence_length` of policy "
-                f"and reward model: it has at most {self._longest_prompt} tokens. Received one of {len(row)}, number "
-                f"{number}"
+                f"A prompt leaves room for `max_new_tokens={self.max_new_tokens}` in the `sequence_length` of policy, "
+                f"reward model and rater: it has at most {longest} tokens. Received one of {len(row)}, number {number}"
             )
         return row
-
-    @property
-    def _longest_prompt(self):
-        longest = self.policy.preprocessor.sequence_length - self.max_new_tokens
-        if self._has_reward_model and self.reward.preprocessor is not None:
-            # A response without an end is given one to be scored.
-            longest = min(longest, self.reward.preprocessor.sequence_length - self.max_new_tokens - 1)
-        return longest
 
     @property
     def _has_reward_model(self):
@@ -237,13 +249,13 @@ class ReinforceTrainer:
             seed: int. Equal seeds give equal texts.
             of_reference: bool.
         """
-        token_ids = self._checked(prompts, 1)
-        if of_reference:
-            with self.update.as_reference():
-                rollouts = self._rollouts(token_ids, 1, seed)
-        else:
-            rollouts = self._rollouts(token_ids, 1, seed)
-        return self.policy.preprocessor.decode_rows(rollouts.responses)
+        return self.policy.preprocessor.decode_rows(self.rollouts(prompts, seed, of_reference).responses)
+
+    def rollouts(self, prompts, seed, of_reference=False):
+        """As `sample`, as token ids: `Rollouts`."""
+        token_ids = self.prompt_rows(prompts)
+        with self.update.as_reference() if of_reference else contextlib.nullcontext():
+            return self._rollouts(token_ids, 1, seed)
 
     def train_on(self, prompts, token_ids):
         """Makes one step.

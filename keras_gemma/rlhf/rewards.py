@@ -1,5 +1,7 @@
 """Responses → rewards: one finite number each, the same on all processes, or an error that names the response."""
 
+import math
+
 import jax
 import numpy as np
 
@@ -20,7 +22,7 @@ def of_rollouts(reward, policy, prompts, texts, rollouts, batch_size):
         ValueError: for rewards that are not one finite number for each response, and where the callable raises.
     """
     if hasattr(reward, "score_tokens"):
-        rewards = reward.score_tokens(_ended_rows(policy, rollouts), batch_size)
+        rewards = of_tokens(reward, policy, rollouts, batch_size)
     else:
         rewards = called(reward, prompts, texts)
     return checked(rewards, texts)
@@ -70,9 +72,18 @@ def refuse_other_vocabulary(policy, reward):
         )
 
 
-def _ended_rows(policy, rollouts):
+def of_tokens(reward_model, policy, rollouts, batch_size):
+    """What a reward model says of the very tokens that were sampled, float32 `[N]`."""
     end = policy.preprocessor.tokenizer.end_token_id
-    return [
+    rows = [
         prompt + response + ([] if ended else [end])
         for prompt, response, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended)
     ]
+    return reward_model.score_tokens(rows, batch_size)
+
+
+def longest_row(reward_model):
+    """Tokens of prompt and response that a reward model reads at most."""
+    preprocessor = reward_model.preprocessor
+    # A response without an end is given one to be scored.
+    return math.inf if preprocessor is None else preprocessor.sequence_length - 1

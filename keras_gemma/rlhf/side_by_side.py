@@ -26,8 +26,8 @@ class SideBySide(keras.callbacks.Callback):
 
     Args:
         trainer: a `ReinforceTrainer`, to whose `fit` this is passed as a callback.
-        rater: a `GemmaRewardModel`, or a callable from lists of prompts, first and second texts to floats `[n]`: 1
-            where the first text is better, 0 where the second is, 0.5 where neither is.
+        rater: a `GemmaRewardModel` of the same vocabulary, or a callable from lists of prompts, first and second
+            texts to floats `[n]`: 1 where the first text is better, 0 where the second is, 0.5 where neither is.
         prompts: list of strings or dialogues, better held out.
         every: int, steps between two judgements.
         tolerance: float, of a win rate.
@@ -42,7 +42,8 @@ class SideBySide(keras.callbacks.Callback):
         hacked: bool, whether the run was stopped.
 
     Raises:
-        ValueError: for settings out of range and, from `fit`, for ratings that are not one number from 0 to 1 each.
+        ValueError: for settings out of range and, from `fit`, for prompts that leave no room, before anything is
+            trained, and for ratings that are not one number from 0 to 1 each.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class SideBySide(keras.callbacks.Callback):
                 "`every` and `patience` are at least 1, `tolerance` is at least 0. "
                 f"Received: {every}, {patience} and {tolerance}"
             )
-        if not (hasattr(rater, "score") or callable(rater)):
+        self._reads_tokens = hasattr(rater, "score_tokens")
+        if not (self._reads_tokens or callable(rater)):
             raise ValueError(f"A rater is a `GemmaRewardModel` or a callable. Received: {rater!r}")
+        if self._reads_tokens:
+            rewards.refuse_other_vocabulary(trainer.policy, rater)
         self.trainer = trainer
         self.rater = rater
         self.prompts = prompts
@@ -75,12 +79,14 @@ class SideBySide(keras.callbacks.Callback):
         self.judgements = []
         self.hacked = False
         self._rewards = []
-        self._of_reference = []
+        self._of_reference = None
         self._best_weights = []
 
     def on_train_begin(self, logs=None):
         # Prompts that do not fit are told before anything is trained.
-        self._of_reference = self.trainer.sample(self.prompts, self.seed, of_reference=True)
+        self.trainer.prompt_rows(self.prompts, [self.rater] if self._reads_tokens else [])
+        # Not asked for yet: a checkpoint that the run goes on from has a reference of its own.
+        self._of_reference = None
 
     def on_train_batch_end(self, batch, logs=None):
         self._rewards.append(logs["reward"])
@@ -99,8 +105,9 @@ class SideBySide(keras.callbacks.Callback):
                 variable.assign(value)
 
     def _judge(self):
-        texts = self.trainer.sample(self.prompts, self.seed)
-        ratings = self._ratings(texts)
+        if self._of_reference is None:
+            self._of_reference = self.trainer.rollouts(self.prompts, self.seed, of_reference=True)
+        ratings = self._ratings(self.trainer.rollouts(self.prompts, self.seed), self._of_reference)
         low, high = win_rate_interval(ratings)
         judgement = {
             "step": self.trainer.step,
@@ -139,13 +146,15 @@ class SideBySide(keras.callbacks.Callback):
             for one in judgements
         )
 
-    def _ratings(self, texts):
+    def _ratings(self, of_policy, of_reference):
         """How the policy fared in each pair, float32 `[n]` from 0 to 1."""
-        prompts, others = list(self.prompts), self._of_reference
-        if hasattr(self.rater, "score"):
-            ours = self.rater.score(prompts, texts)
-            theirs = self.rater.score(prompts, others)
+        policy, both = self.trainer.policy, (of_policy, of_reference)
+        if self._reads_tokens:
+            size = self.trainer.microbatch_size
+            ours, theirs = (rewards.of_tokens(self.rater, policy, rollouts, size) for rollouts in both)
             return np.where(ours == theirs, 0.5, ours > theirs).astype("float32")
+        prompts = list(self.prompts)
+        texts, others = (policy.preprocessor.decode_rows(rollouts.responses) for rollouts in both)
         as_first = rewards.called(self.rater, prompts, texts, others)
         as_second = rewards.called(self.rater, prompts, others, texts)
         for given in (as_first, as_second):

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_gemma.models import GemmaRewardModel
+from keras_gemma.models import GemmaRewardModelPreprocessor
 from keras_gemma.rlhf import AdaptiveCoefficient
 from keras_gemma.rlhf import DPOTrainer
 from keras_gemma.rlhf import ReinforceTrainer
@@ -264,6 +266,64 @@ def test_a_judge_goes_on_with_its_run(make_model, tmp_path):
     judge = fitted(100, tmp_path / "broken")
     assert judge.judgements == expected and len(expected) == 5
     assert len(judge._best_weights) == len(judge.trainer.policy.trainable_variables)
+
+
+class Counted:
+    """Rates a response by its tokens, as a reward model does."""
+
+    preprocessor = None
+
+    def __init__(self):
+        self.rows = []
+
+    def score_tokens(self, rows, batch_size):
+        self.rows.append(rows)
+        return np.array([sum(row) for row in rows], "float32")
+
+
+def test_a_reward_model_that_judges_reads_the_very_tokens(model):
+    rater = Counted()
+    trainer = ReinforceTrainer(model, lambda prompts, texts: [*map(len, texts)], group_size=2, max_new_tokens=4)
+    judge = SideBySide(trainer, rater, PROMPTS, every=1)
+    trainer.fit(PROMPTS, batch_size=5, epochs=4, callbacks=[judge], verbose=0)
+    ours, theirs = rater.rows[-2:]
+    written = trainer.rollouts(PROMPTS, 0)
+    end = [model.preprocessor.tokenizer.end_token_id]
+    assert ours == [p + r + end * (not e) for p, r, e in zip(written.prompts, written.responses, written.ended)]
+    assert [row[: len(prompt)] for row, prompt in zip(theirs, written.prompts)] == written.prompts
+    expected = [0.5 + 0.5 * np.sign(sum(a) - sum(b)) for a, b in zip(ours, theirs)]
+    np.testing.assert_allclose(judge.judgements[-1]["win_rate"], np.mean(expected), rtol=1e-6)
+    assert ours != theirs
+
+
+def test_a_judge_compares_with_the_reference_of_the_checkpoint(make_trainer, tmp_path):
+    seen = []
+
+    def fitted(epochs, moved=0.0):
+        trainer = make_trainer()
+        reference = trainer.sample(PROMPTS, 0, of_reference=True)
+        trainer.update.reference = [value + moved for value in trainer.reference]
+        judge = SideBySide(trainer, lambda p, a, b: seen.append(b) or [0.5] * len(p), PROMPTS, every=2)
+        trainer.fit(PROMPTS, batch_size=2, epochs=epochs, callbacks=[judge], verbose=0, checkpoints=tmp_path)
+        return reference
+
+    reference = fitted(1)
+    fitted(2, moved=1.0)
+    assert seen[0] == seen[2] == reference and len(seen) == 4
+
+
+def test_a_judge_without_room_is_told_before_anything_is_trained(model, tokenizer):
+    preprocessor = GemmaRewardModelPreprocessor(tokenizer, sequence_length=6)
+    trainer, judge = judged(model, GemmaRewardModel(model.backbone, preprocessor))
+    with pytest.raises(ValueError, match="policy, reward model and rater: it has at most 1 tokens"):
+        trainer.fit(PROMPTS, batch_size=5, callbacks=[judge], verbose=0)
+    assert trainer.step == 0
+    judge.prompts = []
+    with pytest.raises(ValueError, match="one at least"):
+        trainer.fit(PROMPTS, batch_size=5, callbacks=[judge], verbose=0)
+    other = GemmaRewardModel.from_preset("gemma_tiny_en", load_weights=False)
+    with pytest.raises(ValueError, match="one vocabulary"):
+        SideBySide(trainer, other, PROMPTS)
 
 
 @pytest.mark.parametrize(
