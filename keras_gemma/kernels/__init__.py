@@ -17,6 +17,7 @@ from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.layer_stack import with_flags_bound
 from keras_gemma.kernels.normalization import rms_normalize
+from keras_gemma.kernels.platform import for_any_batch
 from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
@@ -50,6 +51,7 @@ __all__ = [
     "draw",
     "einsum_float32",
     "first_argmax",
+    "for_any_batch",
     "geglu",
     "in_row_chunks",
     "into_stream",

@@ -1,8 +1,12 @@
 """The questions about the platform that the kernels ask."""
 
+import contextlib
+import contextvars
 import math
 
 import keras
+
+_ANY_BATCH = contextvars.ContextVar("any_batch", default=False)
 
 
 def on_jax():
@@ -85,3 +89,18 @@ def jax_platform():
 def on_jax_cpu():
     """Whether XLA compiles for a CPU, where the order of a product's operands decides its speed."""
     return on_jax() and jax_platform() == "cpu"
+
+
+@contextlib.contextmanager
+def for_any_batch():
+    """Within, what is traced does all that any batch of its shape can ask for, and its loops have known lengths."""
+    before = _ANY_BATCH.set(True)
+    try:
+        yield
+    finally:
+        _ANY_BATCH.reset(before)
+
+
+def is_for_any_batch():
+    """Whether `for_any_batch` is in force."""
+    return _ANY_BATCH.get()

@@ -1,7 +1,8 @@
 """Cross-entropy over a large vocabulary, a few tokens at a time.
 
 With 256,000 rows the logits of a batch are the largest tensor in training. They are formed here for a chunk of
-tokens, turned into the loss and, on JAX, at once into its gradients, and forgotten.
+tokens, turned into the loss and, on JAX, at once into its gradients, and forgotten. Tokens without weight, as those of
+prompts are in tuning, have no logits at all where one device has all tokens.
 """
 
 import functools
@@ -19,6 +20,9 @@ from keras_gemma.kernels.platform import shards_of_batch
 from keras_gemma.kernels.platform import shards_of_columns
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.sharding import shardings_of_weight
+from keras_gemma.kernels.weighted_tokens import over_chunks
+from keras_gemma.kernels.weighted_tokens import skips_tokens
+from keras_gemma.kernels.weighted_tokens import weighted_first
 
 # Enough rows for the matrix unit to be busy, few enough for their logits to be small.
 TOKENS_AT_ONCE = 2048
@@ -79,8 +83,12 @@ def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
     length = hidden.shape[1]
     width = length and _columns_at_once(hidden.shape[0], length)
     if on_jax():
-        chunked = _chunks(hidden, targets, weights, width)
-        objective, (cross_entropy, correct) = _jax_sums(*shardings)(*chunked[:1], embeddings, *chunked[1:], z_loss)
+        skips = skips_tokens() and weights.size > 0
+        tokens = hidden, targets, weights
+        if skips:
+            tokens, width = map(weighted_first(weights).one_row, tokens), width * hidden.shape[0]
+        hidden, *others = _chunks(*tokens, width)
+        objective, (cross_entropy, correct) = _jax_sums(*shardings, skips)(hidden, embeddings, *others, z_loss)
     else:
         objective, cross_entropy, correct = _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width)
     return TokenSums(objective, cross_entropy, correct, ops.sum(weights))
@@ -93,11 +101,12 @@ def logits_loss(logits, targets, weights, z_loss=0.0):
     return TokenSums(*sums, ops.sum(weights))
 
 
-def token_log_probabilities(hidden, embeddings, targets):
+def token_log_probabilities(hidden, embeddings, targets, mask=None):
     """What the model thought of tokens that are there: without gradients, and without the tensor `[B, T, V]`.
 
     Args:
         hidden, embeddings, targets: as of `vocabulary_loss`.
+        mask: optional tensor `[B, T]`, 0 where nobody asks. What is said of such tokens means nothing.
 
     Returns:
         Float32 log-probabilities `[B, T]` of the targets, and float32 entropies `[B, T]` of the distributions that they
@@ -115,24 +124,30 @@ def token_log_probabilities(hidden, embeddings, targets):
     hidden, embeddings, targets = (
         ops.stop_gradient(ops.convert_to_tensor(x)) for x in (hidden, ops.cast(embeddings, hidden.dtype), targets)
     )
-    length = hidden.shape[1]
-    width = _columns_at_once(hidden.shape[0], length)
+    rows, length = hidden.shape[:2]
+    width = _columns_at_once(rows, length)
+    if mask is not None and on_jax() and skips_tokens():
+        order = weighted_first(mask)
+        chunks = _chunks(*map(order.one_row, (hidden, targets, mask)), width * rows)
+        _, found = over_chunks(lambda _, one: (None, _scored(one[0], embeddings, one[1])), None, chunks, skips=True)
+        return tuple(order.back(x.reshape(-1)[: rows * length]) for x in found)
     missing = -length % width
 
     def chunks(x):
         x = ops.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (len(x.shape) - 2)])
         return ops.swapaxes(ops.reshape(x, (x.shape[0], -1, width, *x.shape[2:])), 0, 1)
 
-    def of_chunk(chunk):
-        hidden, targets = chunk
-        logits = einsum_float32("btd,vd->btv", hidden, embeddings)
-        log_normaliser = ops.logsumexp(logits, axis=-1)
-        of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-        mean_logit = ops.sum(ops.exp(logits - log_normaliser[..., None]) * logits, axis=-1)
-        return of_target - log_normaliser, log_normaliser - mean_logit
+    outputs = ops.map(lambda one: _scored(one[0], embeddings, one[1]), (chunks(hidden), chunks(targets)))
+    return tuple(ops.reshape(ops.swapaxes(x, 0, 1), (rows, -1))[:, :length] for x in outputs)
 
-    outputs = ops.map(of_chunk, (chunks(hidden), chunks(targets)))
-    return tuple(ops.reshape(ops.swapaxes(x, 0, 1), (hidden.shape[0], -1))[:, :length] for x in outputs)
+
+def _scored(hidden, embeddings, targets):
+    """Log-probabilities and entropies of a chunk `[B, t, …]`."""
+    logits = einsum_float32("btd,vd->btv", hidden, embeddings)
+    log_normaliser = ops.logsumexp(logits, axis=-1)
+    of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    mean_logit = ops.sum(ops.exp(logits - log_normaliser[..., None]) * logits, axis=-1)
+    return of_target - log_normaliser, log_normaliser - mean_logit
 
 
 def _columns_at_once(batch, length):
@@ -186,10 +201,11 @@ def _is_target(logits, targets):
 
 
 @functools.cache
-def _jax_sums(parts, whole):
+def _jax_sums(parts, whole, skips=False):
     """Function of chunks `[C, B, t, …]` to the objective, with gradients, and the other two sums, without.
 
-    `parts` and `whole` are the shardings of the embeddings as they lie and as they are used, or `None`.
+    `parts` and `whole` are the shardings of the embeddings as they lie and as they are used, or `None`; with `skips`,
+    tokens with weight come first.
     """
     import jax
     import jax.numpy as jnp
@@ -207,7 +223,8 @@ def _jax_sums(parts, whole):
             *new, _ = _sums_of_logits(einsum_float32("btd,vd->btv", hidden, table), targets, weights, z_loss)
             return [total + one for total, one in zip(totals, new)], None
 
-        (objective, *others), _ = lax.scan(add_chunk, [jnp.float32(0)] * 3, (hidden, targets, weights))
+        start = [jnp.float32(0)] * 3
+        (objective, *others), _ = over_chunks(add_chunk, start, (hidden, targets, weights), skips)
         return objective, tuple(others)
 
     def forward(hidden, embeddings, targets, weights, z_loss):
@@ -224,7 +241,8 @@ def _jax_sums(parts, whole):
 
         zeros = laid_out(jnp.zeros(table.shape, "float32"), parts) if into_table else None
         start = [jnp.float32(0)] * 3, zeros
-        ((objective, *others), of_table), of_hidden = lax.scan(add_chunk, start, (hidden, targets, weights))
+        totals, of_hidden = over_chunks(add_chunk, start, (hidden, targets, weights), skips)
+        (objective, *others), of_table = totals
         # The dtype that the gradient must have; it was accumulated in float32.
         of_table = of_table.astype(embeddings.dtype) if into_table else None
         return (objective, tuple(others)), (of_hidden, of_table)

@@ -3,6 +3,7 @@
 import re
 import time
 
+from keras_gemma import kernels
 from keras_gemma.planning import topology
 from keras_gemma.planning.measures import Measures
 
@@ -41,7 +42,8 @@ def _compiled(works, platform):
     for work in works:
         settings = {} if work.out_shardings is None else {"out_shardings": work.out_shardings}
         jitted = jax.jit(work.function, donate_argnums=work.donated, **settings)
-        lowered = jitted.trace(*work.arguments).lower(lowering_platforms=(platform,))
+        with kernels.for_any_batch():
+            lowered = jitted.trace(*work.arguments).lower(lowering_platforms=(platform,))
         try:
             programs.append(lowered.compile())
         except jax.errors.JaxRuntimeError as error:

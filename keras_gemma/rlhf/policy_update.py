@@ -124,7 +124,8 @@ class PolicyUpdate:
     def _of_microbatches(self, trained, frozen, batch):
         def of_microbatch(rows):
             with self._with(trained, frozen):
-                return kernels.token_log_probabilities(*self._states(rows, training=False), rows["targets"])
+                states = self._states(rows, training=False)
+                return kernels.token_log_probabilities(*states, rows["targets"], rows["mask"])
 
         return lax.map(of_microbatch, batch)
 
@@ -132,7 +133,7 @@ class PolicyUpdate:
         """Log-probabilities of the targets, and entropies."""
         if "logps" in rows:
             return rows["logps"], rows["entropies"]
-        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"])
+        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"], rows["mask"])
 
     def _frozen(self):
         # As arguments: values that a program closes over would be copied into it.

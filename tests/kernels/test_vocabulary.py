@@ -107,3 +107,38 @@ def test_a_frozen_table_costs_no_product():
     ]
     # Two products a chunk, logits and their gradient for the hidden states, against three.
     assert flops[0] < 0.8 * flops[1]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_tokens_without_weight_have_no_logits(batch, monkeypatch):
+    """What they are is not seen: their chunks are left out."""
+    import jax
+
+    monkeypatch.setattr(vocabulary, "TOKENS_AT_ONCE", 8)
+    monkeypatch.setattr(vocabulary, "TOKENS_AT_ONCE_ON_CPU", 8)
+    rng = np.random.default_rng(1)
+    # Three chunks of eight tokens, here and there in both rows.
+    mask = rng.permutation(np.arange(B * T) < 24).reshape(B, T)
+    weights = np.where(mask, batch["weights"] + 0.1, 0.0).astype("float32")
+    poisoned = np.where(mask[..., None], batch["hidden"], np.nan).astype("float32")
+
+    def loss(hidden, embeddings):
+        return kernels.vocabulary_loss(hidden, embeddings, batch["targets"], weights).objective
+
+    def expected_loss(hidden, embeddings):
+        return plain(hidden, embeddings, batch["targets"], weights, 0.0)
+
+    embeddings = batch["embeddings"]
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(poisoned, embeddings)
+    expected, wanted = jax.jit(jax.value_and_grad(expected_loss, (0, 1)))(batch["hidden"], embeddings)
+    np.testing.assert_allclose([value, jax.jit(loss)(poisoned, embeddings)], expected, rtol=1e-5)
+    for gradient, one in zip(gradients, wanted):
+        np.testing.assert_allclose(gradient, one, atol=1e-5 * np.abs(one).max())
+
+    found = kernels.token_log_probabilities(poisoned, embeddings, batch["targets"], mask.astype("float32"))
+    for one, other in zip(found, kernels.token_log_probabilities(batch["hidden"], embeddings, batch["targets"])):
+        np.testing.assert_allclose(one[mask], other[mask], rtol=1e-5)
+        assert not one[~mask].any()
+
+    nothing = kernels.vocabulary_loss(poisoned, embeddings, batch["targets"], 0.0 * weights)
+    assert [float(one) for one in nothing] == [0.0] * 4
