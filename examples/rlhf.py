@@ -332,7 +332,7 @@ def parsed_options():
     parser.option("--work-dir", cache, "folder for finished stages, which are not run again", type=Path)
     parser.add_argument("--dictionary", type=Path, metavar="FOLDER", help="WordNet's files (default: Debian's package)")
     parser.add_argument("--words", type=int, help="most words of a stage (default: all)")
-    parser.option("--steps", 30, "of REINFORCE")
+    parser.option("--steps", 20, "of REINFORCE")
     return parser.parse_args()
 
 
