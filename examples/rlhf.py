@@ -9,22 +9,22 @@ definition and, for three words of four, what the tuned model writes for the wor
 definition of another word of the same part of speech and length; length tells in neither which is the better one. A
 second one, the rater, learns other pairs of other words, and nothing learns from it.
 
-Expected: progress bars for about 8 minutes on 2 cores (tuning 160 s, pairs 105 s, reward model 50 s, rater 46 s,
-REINFORCE 44 s, judgement 53 s; twice that with other work beside it; a finished stage is kept and not run again). Then
+Expected: progress bars for about 8 minutes on 2 cores (tuning 125 s, pairs 112 s, reward model 56 s, rater 53 s,
+REINFORCE 41 s, judgement 56 s; twice that with other work beside it; a finished stage is kept and not run again). Then
 a table of held-out words, 95% intervals in brackets, here of the run whose preset ships:
 
-- perplexity of 1,765 definitions: 344.9 before, 37.2 tuned, 41.4 after REINFORCE;
-- pair accuracy of the reward model: 0.709 (0.685 to 0.732), 0.798 where a model wrote the rejected answer and 0.495,
+- perplexity of 1,765 definitions: 344.9 before, 37.3 tuned, 40.7 after REINFORCE;
+- pair accuracy of the reward model: 0.727 (0.704 to 0.749), 0.818 where a model wrote the rejected answer and 0.511,
   which is nothing, where it is another word's: it learned how definitions read, not which word they belong to;
-- the rater's mean reward of drawn answers to 1,000 words: 0.227 tuned, 0.802 (0.763 to 0.839) after REINFORCE, at a KL
-  of 1.3 nats; win rate against the tuned model 0.773 (0.747 to 0.796).
+- the rater's mean reward of drawn answers to 1,000 words: 0.130 tuned, 0.815 (0.774 to 0.856) after REINFORCE, at a KL
+  of 1.0 nats; win rate against the tuned model 0.790 (0.765 to 0.814).
 
-A second run, of one command in one sitting (7 min 48 s), drew other pairs and went further: perplexity 37.3 tuned and
-44.3 after, pair accuracy 0.713 (0.689 to 0.736), the rater's reward 0.228 → 1.067 (1.033 to 1.101) at a KL of 1.8 nats,
-win rate 0.811 (0.787 to 0.834); of its greedy answers 29% repeat themselves, of those of the preset that ships 5%.
-
-With `--steps 60` the win rate was 0.835 at 2.8 nats and the perplexity 46.7, but eight of the twelve greedy samples had
-"a person who is a person", which both judges liked: the model ships after 30.
+Rounding alone, as other versions of JAX bring it, makes another run of it: the tuned model then draws other pairs, and
+all that follows is other. A second one, of one command in one sitting (7 min 14 s), gave 0.725 (0.702 to 0.747), a
+reward by the rater of 0.180 tuned and 0.685 (0.645 to 0.719) after, and a win rate of 0.752 (0.726 to 0.777) at a KL of
+1.1 nats; but of its greedy answers 33% repeat themselves, of those of the preset that ships 8%. No rejected answer
+repeats itself, so neither judge minds. With 10 steps more the preset's win rate was 0.838 at 1.6 nats, and 20% repeated
+themselves.
 
 Weights in bfloat16, README with samples, curves (`tuning_curve.png`, `reinforce_curve.png`) and `result.json` lie in
 `presets/gemma_tiny_instruct_en`.

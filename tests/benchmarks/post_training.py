@@ -27,12 +27,12 @@ RATE = 1e-5
 ROWS, LENGTH = 8, 256
 EXAMPLES = 64
 # After one that compiles.
-EPOCHS = 2
+EPOCHS = 4
 PROMPTS, GROUP, NEW_TOKENS = 8, 4, 64
 RL_LENGTH = 128
 KL_COEFFICIENT = 0.05
 # After one that compiles.
-STEPS = 3
+STEPS = 5
 # TRL's ways to a batch of `ROWS`: padded; packed into one row of all; packed rows one at a time. Each of its ways to
 # a step of `PROMPTS * GROUP` responses has so many rows in memory at a time; ours has its default.
 TUNING = {
