@@ -151,7 +151,9 @@ class SideBySide(keras.callbacks.Callback):
         policy, both = self.trainer.policy, (of_policy, of_reference)
         if self._reads_tokens:
             size = self.trainer.microbatch_size
-            ours, theirs = (rewards.of_tokens(self.rater, policy, rollouts, size) for rollouts in both)
+            ours, theirs = (
+                rewards.checked(rewards.of_tokens(self.rater, policy, one, size), one.responses) for one in both
+            )
             return np.where(ours == theirs, 0.5, ours > theirs).astype("float32")
         prompts = list(self.prompts)
         texts, others = (policy.preprocessor.decode_rows(rollouts.responses) for rollouts in both)

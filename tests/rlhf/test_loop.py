@@ -296,6 +296,14 @@ def test_a_reward_model_that_judges_reads_the_very_tokens(model):
     assert ours != theirs
 
 
+def test_a_reward_model_that_judges_by_no_number_is_told(model):
+    rater = Counted()
+    rater.score_tokens = lambda rows, batch_size: np.full(len(rows), np.nan, "float32")
+    trainer, judge = judged(model, rater)
+    with pytest.raises(ValueError, match=r"Rewards are finite. Received: nan"):
+        trainer.fit(PROMPTS, batch_size=5, callbacks=[judge], verbose=0)
+
+
 def test_a_judge_compares_with_the_reference_of_the_checkpoint(make_trainer, tmp_path):
     seen = []
 
