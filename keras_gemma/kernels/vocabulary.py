@@ -83,7 +83,7 @@ def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
     length = hidden.shape[1]
     width = length and _columns_at_once(hidden.shape[0], length)
     if on_jax():
-        skips = skips_tokens() and weights.size > 0
+        skips = width > 0 and skips_tokens(chunks=-(-length // width))
         tokens = hidden, targets, weights
         if skips:
             tokens, width = map(weighted_first(weights).one_row, tokens), width * hidden.shape[0]
@@ -126,7 +126,7 @@ def token_log_probabilities(hidden, embeddings, targets, mask=None):
     )
     rows, length = hidden.shape[:2]
     width = _columns_at_once(rows, length)
-    if mask is not None and on_jax() and skips_tokens():
+    if mask is not None and on_jax() and skips_tokens(chunks=-(-length // width)):
         order = weighted_first(mask)
         chunks = _chunks(*map(order.one_row, (hidden, targets, mask)), width * rows)
         _, found = over_chunks(lambda _, one: (None, _scored(one[0], embeddings, one[1])), None, chunks, skips=True)

@@ -8,14 +8,17 @@ from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import is_for_any_batch
 from keras_gemma.kernels.platform import jax_platform
 
+# Of fewer chunks hardly one is left out, and XLA runs chunks beside each other where it knows how many there are.
+FEWEST_CHUNKS = 4
 
-def skips_tokens():
-    """Whether chunks of tokens without weight are left out.
+
+def skips_tokens(chunks):
+    """Whether of so many chunks those of tokens without weight are left out.
 
     Devices that share tokens would have different numbers of chunks and wait for each other. A TPU runs the program
     that was planned for it.
     """
-    return has_all_tokens() and jax_platform() != "tpu" and not is_for_any_batch()
+    return chunks >= FEWEST_CHUNKS and has_all_tokens() and jax_platform() != "tpu" and not is_for_any_batch()
 
 
 class Order(NamedTuple):
