@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary, a few tokens at a time.
 
 With 256,000 rows the logits of a batch are the largest tensor in training. They are formed here for a chunk of
-tokens, turned into the loss and, on JAX, at once into its gradients, and forgotten. Tokens without weight, as those of
-prompts are in tuning, have no logits at all where one device has all tokens.
+tokens, turned into the loss and, on JAX, at once into its gradients, and forgotten. Where one device has all tokens,
+chunks of tokens without weight, as those of prompts are in tuning, are left out (see `weighted_tokens`).
 """
 
 import functools
