@@ -19,12 +19,12 @@ a table of held-out words, 95% intervals in brackets, here of the run whose pres
 - the rater's mean reward of drawn answers to 1,000 words: 0.130 tuned, 0.815 (0.774 to 0.856) after REINFORCE, at a KL
   of 1.0 nats; win rate against the tuned model 0.790 (0.765 to 0.814).
 
-Rounding alone, as other versions of JAX bring it, makes another run of it: the tuned model then draws other pairs, and
-all that follows is other. A second one, of one command in one sitting (7 min 14 s), gave 0.725 (0.702 to 0.747), a
+Rounding alone makes another run of it, here sums in another order: the tuned model then draws other pairs, and all that
+follows is other. A second one, of one command in one sitting (7 min 14 s), gave 0.725 (0.702 to 0.747), a
 reward by the rater of 0.180 tuned and 0.685 (0.645 to 0.719) after, and a win rate of 0.752 (0.726 to 0.777) at a KL of
 1.1 nats; but of its greedy answers 33% repeat themselves, of those of the preset that ships 8%. No rejected answer
-repeats itself, so neither judge minds. With 10 steps more the preset's win rate was 0.838 at 1.6 nats, and 20% repeated
-themselves.
+repeats itself, so neither judge learned to mind. With 10 steps more the preset's win rate was 0.838 at 1.6 nats, and
+20% repeated themselves.
 
 Weights in bfloat16, README with samples, curves (`tuning_curve.png`, `reinforce_curve.png`) and `result.json` lie in
 `presets/gemma_tiny_instruct_en`.

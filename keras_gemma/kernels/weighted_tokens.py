@@ -8,7 +8,7 @@ from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import is_for_any_batch
 from keras_gemma.kernels.platform import jax_platform
 
-# Of fewer chunks hardly one is left out, and XLA runs chunks beside each other where it knows how many there are.
+# Of fewer chunks hardly one is left out, and on a CPU a loop of known length was faster by a tenth.
 FEWEST_CHUNKS = 4
 
 
