@@ -181,6 +181,25 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         metavar="B",
         help="rows of all devices together (default: one a part)",
     )
+    _add_plan_settings(parser)
+    parser.add_argument(
+        "--search",
+        type=_positive_int,
+        nargs="?",
+        const=4,
+        metavar="N",
+        help="look for the model axis, recomputation, and batch or microbatches that train fastest on the chips of "
+        "--config, compiling at most N programs (4 unless said otherwise)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each program")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw memory and times, as plan.png (of several phases plan.prefill.png …)",
+    )
+
+
+def _add_plan_settings(parser):
     parser.add_argument(
         "--context",
         type=_positive_int,
@@ -215,21 +234,6 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         type=_positive_int,
         metavar="R",
         help="train adapters of this rank and no other weight (default: 8 for a configuration for adapters, else none)",
-    )
-    parser.add_argument(
-        "--search",
-        type=_positive_int,
-        nargs="?",
-        const=4,
-        metavar="N",
-        help="look for the model axis, recomputation, and batch or microbatches that train fastest on the chips of "
-        "--config, compiling at most N programs (4 unless said otherwise)",
-    )
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON, an object for each program")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="draw memory and times, as plan.png (of several phases plan.prefill.png …)",
     )
 
 
