@@ -10,12 +10,14 @@ from keras_gemma.kernels.attention import cached_attention
 from keras_gemma.kernels.attention import causal_attention
 from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
+from keras_gemma.kernels.continuations import continued_prompts
 from keras_gemma.kernels.feed_forward import geglu
 from keras_gemma.kernels.feed_forward import prefers_own_geglu
 from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
 from keras_gemma.kernels.layer_stack import named
 from keras_gemma.kernels.layer_stack import run_layers
 from keras_gemma.kernels.layer_stack import with_flags_bound
+from keras_gemma.kernels.log_probabilities import token_log_probabilities
 from keras_gemma.kernels.normalization import rms_normalize
 from keras_gemma.kernels.platform import for_any_batch
 from keras_gemma.kernels.platform import shards_of_batch
@@ -38,7 +40,6 @@ from keras_gemma.kernels.sharding import stream_apart
 from keras_gemma.kernels.sharding import tokens_apart
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
-from keras_gemma.kernels.vocabulary import token_log_probabilities
 from keras_gemma.kernels.vocabulary import vocabulary_loss
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "cache_apart",
     "cached_attention",
     "causal_attention",
+    "continued_prompts",
     "draw",
     "einsum_float32",
     "first_argmax",

@@ -5,15 +5,13 @@ import math
 
 from keras import ops
 
+from keras_gemma.kernels import platform
 from keras_gemma.kernels.platform import has_all_tokens
 from keras_gemma.kernels.platform import on_jax_cpu
 
 # Of GELU's approximation by a hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
 ROOT = math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715
-# A branch of the GeGLU that is no larger is kept for the backward pass, and computed once more otherwise: small models
-# have memory to spare, and the product is a seventh of a step.
-KEPT_BYTES = 12 * 2**20
 
 
 def prefers_own_geglu(x):
@@ -26,7 +24,7 @@ def geglu(x, gating, gating_2, linear):
 
     XLA for CPUs computes `xᵀ · y` a third slower than a product whose left operand has been transposed before, which
     the gradients of the weights are here. Of the two branches, the backward pass computes the gate once more where it
-    is larger than `KEPT_BYTES`. GELU is the approximation by a hyperbolic tangent.
+    is larger than `KEPT_BYTES_ON_CPU`. GELU is the approximation by a hyperbolic tangent.
 
     Args:
         x: float tensor `[B, T, D]`.
@@ -70,7 +68,7 @@ def _jax_geglu():
 
     def forward(rows, gating, gating_2, linear):
         gate, up = rows @ gating, rows @ gating_2
-        kept = gate if gate.size * gate.dtype.itemsize <= KEPT_BYTES else None
+        kept = gate if gate.size * gate.dtype.itemsize <= platform.KEPT_BYTES_ON_CPU else None
         return (gate * _share(gate) * up) @ linear, (rows, gating, gating_2, linear, kept, up)
 
     def backward(saved, of_result):

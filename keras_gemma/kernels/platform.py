@@ -6,6 +6,9 @@ import math
 
 import keras
 
+# What a CPU keeps for the backward pass in place of computing it once more: small models have memory to spare.
+KEPT_BYTES_ON_CPU = 12 * 2**20
+
 _ANY_BATCH = contextvars.ContextVar("any_batch", default=False)
 
 

@@ -80,18 +80,11 @@ def vocabulary_loss(hidden, embeddings, targets, weights, z_loss=0.0):
     weights = ops.cast(weights, "float32")
     shardings = shardings_of_weight(embeddings)
     hidden, embeddings, targets = (ops.convert_to_tensor(x) for x in (hidden, embeddings, targets))
-    length = hidden.shape[1]
-    width = length and _columns_at_once(hidden.shape[0], length)
     if on_jax():
-        skips = width > 0 and skips_tokens(chunks=-(-length // width))
-        tokens = hidden, targets, weights
-        if skips:
-            tokens, width = map(weighted_first(weights).one_row, tokens), width * hidden.shape[0]
-        hidden, *others = _chunks(*tokens, width)
-        objective, (cross_entropy, correct) = _jax_sums(*shardings, skips)(hidden, embeddings, *others, z_loss)
+        sums = jax_sums_of_tokens(*shardings, hidden, embeddings, targets, weights, z_loss)
     else:
-        objective, cross_entropy, correct = _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width)
-    return TokenSums(objective, cross_entropy, correct, ops.sum(weights))
+        sums = _recomputed_sums(hidden, embeddings, targets, weights, z_loss)
+    return TokenSums(*sums, ops.sum(weights))
 
 
 def logits_loss(logits, targets, weights, z_loss=0.0):
@@ -101,56 +94,7 @@ def logits_loss(logits, targets, weights, z_loss=0.0):
     return TokenSums(*sums, ops.sum(weights))
 
 
-def token_log_probabilities(hidden, embeddings, targets, mask=None):
-    """What the model thought of tokens that are there: without gradients, and without the tensor `[B, T, V]`.
-
-    Args:
-        hidden, embeddings, targets: as of `vocabulary_loss`.
-        mask: optional tensor `[B, T]`, 0 where nobody asks. What is said of such tokens means nothing.
-
-    Returns:
-        Float32 log-probabilities `[B, T]` of the targets, and float32 entropies `[B, T]` of the distributions that they
-        were drawn from, in nats.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_gemma.kernels import token_log_probabilities
-    >>> hidden, embeddings = np.zeros((1, 3, 2), "float32"), np.zeros((4, 2), "float32")
-    >>> logps, entropies = token_log_probabilities(hidden, embeddings, np.zeros((1, 3), "int32"))
-    >>> np.round(np.array(logps), 4), np.round(np.array(entropies), 4)
-    (array([[-1.3863, -1.3863, -1.3863]], dtype=float32), array([[1.3863, 1.3863, 1.3863]], dtype=float32))
-    """
-    hidden, embeddings, targets = (
-        ops.stop_gradient(ops.convert_to_tensor(x)) for x in (hidden, ops.cast(embeddings, hidden.dtype), targets)
-    )
-    rows, length = hidden.shape[:2]
-    width = _columns_at_once(rows, length)
-    if mask is not None and on_jax() and skips_tokens(chunks=-(-length // width)):
-        order = weighted_first(mask)
-        chunks = _chunks(*map(order.one_row, (hidden, targets, mask)), width * rows)
-        _, found = over_chunks(lambda _, one: (None, _scored(one[0], embeddings, one[1])), None, chunks, skips=True)
-        return tuple(order.back(x.reshape(-1)[: rows * length]) for x in found)
-    missing = -length % width
-
-    def chunks(x):
-        x = ops.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (len(x.shape) - 2)])
-        return ops.swapaxes(ops.reshape(x, (x.shape[0], -1, width, *x.shape[2:])), 0, 1)
-
-    outputs = ops.map(lambda one: _scored(one[0], embeddings, one[1]), (chunks(hidden), chunks(targets)))
-    return tuple(ops.reshape(ops.swapaxes(x, 0, 1), (rows, -1))[:, :length] for x in outputs)
-
-
-def _scored(hidden, embeddings, targets):
-    """Log-probabilities and entropies of a chunk `[B, t, …]`."""
-    logits = einsum_float32("btd,vd->btv", hidden, embeddings)
-    log_normaliser = ops.logsumexp(logits, axis=-1)
-    of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    mean_logit = ops.sum(ops.exp(logits - log_normaliser[..., None]) * logits, axis=-1)
-    return of_target - log_normaliser, log_normaliser - mean_logit
-
-
-def _columns_at_once(batch, length):
+def columns_at_once(batch, length):
     """Columns of a chunk, of each device's own: its tokens come from all rows and devices, so that all have work."""
     shards = shards_of_columns(length)
     tokens = TOKENS_AT_ONCE_ON_CPU if on_jax_cpu() else TOKENS_AT_ONCE * shards_of_batch() * shards
@@ -159,7 +103,7 @@ def _columns_at_once(batch, length):
     return -(-(length // shards) // chunks)
 
 
-def _chunks(hidden, targets, weights, width):
+def chunks_of_tokens(hidden, targets, weights, width):
     """`[B, T, …]` → `[chunks, B, shards * width, …]`; columns that fill the last chunk up have no weight.
 
     A chunk has `width` columns of every device among which columns are cut: none is sent to another.
@@ -183,7 +127,7 @@ def _sums_of_logits(logits, targets, weights, z_loss):
     """Sums of a chunk `[…, V]`, and its log-normalisers `[…, 1]`."""
     largest = ops.max(logits, axis=-1, keepdims=True)
     log_normaliser = ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True)) + largest
-    of_target = ops.sum(ops.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    of_target = ops.sum(ops.where(is_target(logits, targets), logits, 0.0), axis=-1)
     losses = log_normaliser[..., 0] - of_target
     cross_entropy = ops.sum(weights * losses)
     objective = cross_entropy + z_loss * ops.sum(weights * ops.square(log_normaliser[..., 0]))
@@ -191,7 +135,7 @@ def _sums_of_logits(logits, targets, weights, z_loss):
     return objective, cross_entropy, correct, log_normaliser
 
 
-def _is_target(logits, targets):
+def is_target(logits, targets):
     # A comparison and not a gather: it fuses, and a vocabulary cut over devices stays where it is.
     columns = ops.arange(logits.shape[-1], dtype="int32")
     return columns == ops.cast(targets, "int32")[..., None]
@@ -200,12 +144,29 @@ def _is_target(logits, targets):
 # === JAX: gradients in the forward pass ===
 
 
+def jax_sums_of_tokens(parts, whole, hidden, embeddings, targets, weights, z_loss=0.0):
+    """`objective`, `cross_entropy` and `correct` of `TokenSums`.
+
+    Args:
+        parts, whole: the shardings of the embeddings as they lie and as they are used, or twice `None`.
+        hidden, embeddings, targets, weights, z_loss: tensors as of `vocabulary_loss`.
+    """
+    length = hidden.shape[1]
+    width = length and columns_at_once(hidden.shape[0], length)
+    skips = width > 0 and skips_tokens(chunks=-(-length // width))
+    tokens = hidden, targets, weights
+    if skips:
+        tokens, width = map(weighted_first(weights).one_row, tokens), width * hidden.shape[0]
+    hidden, *others = chunks_of_tokens(*tokens, width)
+    objective, (cross_entropy, correct) = _jax_sums(parts, whole, skips)(hidden, embeddings, *others, z_loss)
+    return objective, cross_entropy, correct
+
+
 @functools.cache
 def _jax_sums(parts, whole, skips=False):
     """Function of chunks `[C, B, t, …]` to the objective, with gradients, and the other two sums, without.
 
-    `parts` and `whole` are the shardings of the embeddings as they lie and as they are used, or `None`; with `skips`,
-    tokens with weight come first.
+    With `skips`, tokens with weight come first.
     """
     import jax
     import jax.numpy as jnp
@@ -231,7 +192,7 @@ def _jax_sums(parts, whole, skips=False):
         into_table = embeddings.perturbed
         hidden, embeddings, targets, weights = (x.value for x in (hidden, embeddings, targets, weights))
         table = laid_out(embeddings.astype(hidden.dtype), whole)
-        gradients_of = _gradients_in_cache if _exact_in_float32(hidden) else _gradients_of_errors
+        gradients_of = _gradients_in_cache if is_exact_in_float32(hidden) else _gradients_of_errors
 
         def add_chunk(carry, chunk):
             totals, of_table = carry
@@ -263,7 +224,7 @@ def _gradients_of_errors(table, hidden, targets, weights, z_loss):
     logits = einsum_float32("btd,vd->btv", hidden, table)
     *sums, log_normaliser = _sums_of_logits(logits, targets, weights, z_loss)
     probabilities = ops.exp(logits - log_normaliser) * (1.0 + 2.0 * z_loss * log_normaliser)
-    errors = weights[..., None] * (probabilities - ops.cast(_is_target(logits, targets), "float32"))
+    errors = weights[..., None] * (probabilities - ops.cast(is_target(logits, targets), "float32"))
     # Not before: near a probability of 1 the difference would be lost in bfloat16.
     errors = ops.cast(errors, hidden.dtype)
 
@@ -273,7 +234,7 @@ def _gradients_of_errors(table, hidden, targets, weights, z_loss):
     return sums, einsum_float32("btv,vd->btd", errors, table), add_to
 
 
-def _exact_in_float32(hidden):
+def is_exact_in_float32(hidden):
     return on_jax_cpu() and str(hidden.dtype) == "float32" and has_all_tokens()
 
 
@@ -330,7 +291,7 @@ def _add_product(total, left, right):
 # === Elsewhere: chunks that the backward pass computes once more ===
 
 
-def _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width):
+def _recomputed_sums(hidden, embeddings, targets, weights, z_loss):
     table = ops.cast(embeddings, hidden.dtype)
 
     @keras.remat
@@ -340,6 +301,7 @@ def _recomputed_sums(hidden, embeddings, targets, weights, z_loss, width):
     length = hidden.shape[1]
     if not length:
         return sums(hidden, table, targets, weights)
+    width = columns_at_once(hidden.shape[0], length)
     parts = [
         sums(hidden[:, i : i + width], table, targets[:, i : i + width], weights[:, i : i + width])
         for i in range(0, length, width)

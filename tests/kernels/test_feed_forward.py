@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_gemma import kernels
-from keras_gemma.kernels import feed_forward
+from keras_gemma.kernels import platform
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 
 jax = pytest.importorskip("jax")
@@ -28,7 +28,7 @@ def plain(x, gating, gating_2, linear):
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """Branches are as those of large models."""
-    monkeypatch.setattr(feed_forward, "KEPT_BYTES", 0)
+    monkeypatch.setattr(platform, "KEPT_BYTES_ON_CPU", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["kept", "computed again"])
@@ -55,7 +55,7 @@ def _value_and_gradients(function, arguments, of_result):
 
 @pytest.mark.parametrize("limit, branches", [(3 * 5 * 12 * 4, 2), (3 * 5 * 12 * 4 - 1, 1)])
 def test_small_branches_are_kept(limit, branches, monkeypatch):
-    monkeypatch.setattr(feed_forward, "KEPT_BYTES", limit)
+    monkeypatch.setattr(platform, "KEPT_BYTES_ON_CPU", limit)
     arguments = random_arguments(batch=3, length=5, branch=12)
     _, gradients_of = jax.vjp(kernels.geglu, *arguments)
     kept = sum(x.size for x in jax.tree.leaves(gradients_of))
