@@ -140,26 +140,21 @@ class DPOTrainer:
         return logs
 
     def _batch(self, pairs):
-        """Microbatches of pairs, the rows of a pair in one of them: chosen answers first, then the rejected ones."""
+        """Microbatches of pairs, the answers of a pair beside each other, the chosen one first."""
         size = self.microbatch_size + -self.microbatch_size % kernels.shards_of_batch()
-        groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-        # Pairs that fill the last group up have no weight.
-        groups[-1] = [*groups[-1], *[groups[-1][0]] * (size - len(groups[-1]))]
-        listed = [(pair[0], pair[side]) for group in groups for side in (1, 2) for pair in group]
-        batch = rows.microbatches(*zip(*listed), 2 * size)
-        weights = np.zeros(len(groups) * size, "float32")
-        weights[: len(pairs)] = 1 / len(pairs)
-        batch["row_weights"] = np.tile(weights.reshape(-1, size), (1, 2))
-        batch = placed(batch)
-        logps, _ = self.update.log_probabilities(batch, of_reference=True)
+        prompts = [prompt for prompt, *_ in pairs for _ in range(2)]
+        answers = [answer for _, *both in pairs for answer in both]
+        batch = placed(rows.microbatches(prompts, answers, 2 * size, continuations=2))
+        logps = self.update.reference_log_probabilities(batch)
         batch["reference"] = on_host((logps * batch["mask"]).sum(axis=-1))
         return batch
 
     def _loss(self, logps, entropies, microbatch):
         """A microbatch's part of the loss, and of metrics."""
-        of_responses = (logps * microbatch["mask"]).sum(axis=-1).reshape(2, -1)
-        reference = microbatch["reference"].reshape(2, -1)
-        weights = microbatch["row_weights"].reshape(2, -1)[0]
+        of_responses = (logps * microbatch["mask"]).sum(axis=-1).reshape(-1, 2).T
+        reference = microbatch["reference"].reshape(-1, 2).T
+        # Of pairs: that of both answers.
+        weights = microbatch["row_weights"].reshape(-1, 2).sum(axis=-1)
         losses = objectives.dpo_losses(*of_responses, *reference, self.beta)
         margins = self.beta * objectives.ahead(*of_responses, *reference)
         metrics = {

@@ -1,6 +1,6 @@
 """Steps of a policy's optimizer on a loss of the log-probabilities of responses.
 
-microbatches ─→ log-probabilities ─→ loss ─→ its slopes ─→ weighted cross-entropy ─→ gradients ─→ optimizer
+microbatches ─→ log-probabilities ─→ loss ─→ gradients ─→ optimizer
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from jax import lax
 from keras_gemma import kernels
 from keras_gemma.distribution import whole
 from keras_gemma.distribution.layouts import Layout
+from keras_gemma.rlhf import rows
 from keras_gemma.training.step import global_norm
 
 
@@ -43,16 +44,20 @@ class PolicyUpdate:
         policy.optimizer.build(policy.trainable_variables)
         self.reference = jax.jit(lambda values: [jax.numpy.copy(value) for value in values])(self.trained())
         self._log_probabilities = jax.jit(self._of_microbatches)
+        self._reference_log_probabilities = jax.jit(self._of_reference)
         self._step = jax.jit(self._stepped, donate_argnums=(0, 1), out_shardings=self._where_they_lie())
 
     def trained(self):
         """The values of the variables that train, a list of arrays."""
         return [variable.value for variable in self.policy.trainable_variables]
 
-    def log_probabilities(self, batch, of_reference=False):
+    def log_probabilities(self, batch):
         """Those of the targets, and the entropies of the distributions they come from: arrays `[M, R, C]`, in nats."""
-        weights = self.reference if of_reference else self.trained()
-        return self._log_probabilities(weights, self._frozen(), placed(batch))
+        return self._log_probabilities(self.trained(), self._frozen(), placed(batch))
+
+    def reference_log_probabilities(self, batch):
+        """Those of the targets under the reference, an array `[M, R, C]` in nats."""
+        return self._reference_log_probabilities(self.reference, self._frozen(), placed(batch))
 
     def step(self, batch):
         """Makes a step of the optimizer.
@@ -84,30 +89,20 @@ class PolicyUpdate:
     # === Programs ===
 
     def gradients(self, trained, frozen, batch):
-        """Loss, gradients by `trained`, metrics, and what the loss says of rows, as a pure function.
+        """Loss, gradients by `trained`, metrics, and what the loss says of rows, as a pure function."""
 
-        The gradient goes through the vocabulary as that of a weighted cross-entropy: the weight of a token is the
-        slope of the loss by its log-probability.
-        """
-
-        def objective(trained, rows):
+        def objective(trained, microbatch):
             with self._with(trained, frozen):
-                hidden, embeddings = self._states(rows, training=True)
-                known = self._known(hidden, embeddings, rows)
-                (loss, *outcome), slopes = jax.value_and_grad(scored, has_aux=True)(*known, rows)
-                surrogate = kernels.vocabulary_loss(hidden, embeddings, rows["targets"], -slopes).objective
-                return surrogate, (loss, *outcome[0])
+                known = (microbatch["logps"], microbatch["entropies"]) if "logps" in microbatch else None
+                loss, metrics, of_rows = self.loss(*self._scored(microbatch, known, training=True), microbatch)
+                return loss, (loss, metrics, of_rows)
 
-        def scored(*arguments):
-            loss, *outcome = self.loss(*arguments)
-            return loss, outcome
-
-        def run(rows):
-            (_, (loss, metrics, of_rows)), gradients = jax.value_and_grad(objective, has_aux=True)(trained, rows)
+        def run(microbatch):
+            (_, (loss, metrics, of_rows)), gradients = jax.value_and_grad(objective, has_aux=True)(trained, microbatch)
             return (gradients, loss, metrics), of_rows
 
-        def add_microbatch(total, rows):
-            summed, of_rows = run(rows)
+        def add_microbatch(total, microbatch):
+            summed, of_rows = run(microbatch)
             return jax.tree.map(jax.numpy.add, total, summed), of_rows
 
         first = jax.tree.map(lambda x: x[0], batch)
@@ -122,18 +117,22 @@ class PolicyUpdate:
         return trained, optimizer, logs, of_rows
 
     def _of_microbatches(self, trained, frozen, batch):
-        def of_microbatch(rows):
+        def of_microbatch(microbatch):
             with self._with(trained, frozen):
-                states = self._states(rows, training=False)
-                return kernels.token_log_probabilities(*states, rows["targets"], rows["mask"])
+                return self._scored(microbatch)
 
         return lax.map(of_microbatch, batch)
 
-    def _known(self, hidden, embeddings, rows):
-        """Log-probabilities of the targets, and entropies."""
-        if "logps" in rows:
-            return rows["logps"], rows["entropies"]
-        return kernels.token_log_probabilities(hidden, embeddings, rows["targets"], rows["mask"])
+    def _of_reference(self, *arguments):
+        logps, _ = self._of_microbatches(*arguments)
+        return logps
+
+    def _scored(self, microbatch, known=None, training=False):
+        """Log-probabilities of the targets, at the temperature, and entropies."""
+        backbone = self.policy.backbone
+        hidden = rows.predicting_states(backbone, microbatch, training) / self.temperature
+        embeddings = backbone.token_embedding.embeddings
+        return kernels.token_log_probabilities(hidden, embeddings, microbatch["targets"], microbatch["mask"], known)
 
     def _frozen(self):
         # As arguments: values that a program closes over would be copied into it.
@@ -143,13 +142,6 @@ class PolicyUpdate:
         policy = self.policy
         values = [*zip(policy.trainable_variables, trained), *zip(policy.non_trainable_variables, frozen)]
         return keras.StatelessScope(state_mapping=values)
-
-    def _states(self, rows, training):
-        """Hidden states `[R, C, D]` that predict responses, at the temperature, and the embeddings to make logits."""
-        backbone = self.policy.backbone
-        hidden = backbone({"token_ids": rows["token_ids"], "padding_mask": rows["padding_mask"]}, training=training)
-        hidden = jax.numpy.take_along_axis(hidden, rows["columns"][..., None], axis=1)
-        return hidden / self.temperature, backbone.token_embedding.embeddings
 
     def _where_they_lie(self):
         if keras.distribution.distribution() is None:

@@ -275,7 +275,7 @@ class ReinforceTrainer:
         sampled = time.monotonic()
         rewards = rewarding.of_rollouts(self.reward, self.policy, prompts, texts, rollouts, self.microbatch_size)
         batch = placed(rollouts.microbatches(self.microbatch_size))
-        batch["reference_logps"], _ = self.update.log_probabilities(batch, of_reference=True)
+        batch["reference_logps"] = self.update.reference_log_probabilities(batch)
         coefficient, penalties = self.kl_coefficient.value, self.penalty_without_end * ~rollouts.ended
         batch["rewards"] = rows.in_rows(rewards - penalties - self._expected(), batch)
         batch["kl_coefficients"] = rows.in_rows(np.full(len(rollouts), coefficient), batch)

@@ -17,11 +17,13 @@ class Rollouts:
         prompts: list of `N` lists of token ids.
         responses: list of `N` lists of token ids, with the token that ended them.
         ended: bool array `[N]`, whether one did.
+        continuations: int, responses to each prompt.
     """
 
     prompts: list
     responses: list
     ended: np.ndarray
+    continuations: int = 1
 
     def __len__(self):
         return len(self.prompts)
@@ -33,7 +35,7 @@ class Rollouts:
 
     def microbatches(self, count):
         """The rollouts as arrays for training, `count` rows at a time. See `rows.microbatches`."""
-        return rows.microbatches(self.prompts, self.responses, count)
+        return rows.microbatches(self.prompts, self.responses, count, self.continuations)
 
 
 def sample(policy, prompts, group_size, max_new_tokens, temperature, stop_token_ids, seed, longest_prompt=0):
@@ -68,4 +70,4 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature, stop_token_
         responses, sampling.values = policy.engine.generate(request)
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     ended = np.array([response[-1] in stop_token_ids for response in responses])
-    return Rollouts(repeated, responses, ended)
+    return Rollouts(repeated, responses, ended, group_size)

@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_reward_and_divergence(make_policy, temperature,
 
     batch = all_of_them().microbatches(16)
     logps, _ = trainer.update.log_probabilities(batch)
-    reference_logps, _ = trainer.update.log_probabilities(batch, of_reference=True)
+    reference_logps = trainer.update.reference_log_probabilities(batch)
     kl = np.sum((logps - reference_logps) * batch["mask"], axis=-1).reshape(-1)[: len(RESPONSES)]
     np.testing.assert_allclose(kl, np.array(log_probabilities(policy, temperature)) - reference, atol=1e-4)
     probabilities = np.exp(np.array(log_probabilities(policy, temperature)))
@@ -176,7 +176,7 @@ def test_the_gradient_of_groups_is_that_of_reward_and_divergence(make_policy, mo
     drawn = np.array(pairs).reshape(-1)
     probabilities = np.exp(np.array(log_probabilities(policy, listed=listed)))[np.array(pairs)].prod(axis=1)
     batch = all_of_them([listed[i] for i in drawn]).microbatches(len(drawn))
-    batch["reference_logps"] = np.array(trainer.update.log_probabilities(batch, of_reference=True)[0])
+    batch["reference_logps"] = np.array(trainer.update.reference_log_probabilities(batch))
     batch["rewards"] = rewards[drawn][None].astype("float32")
     batch["kl_coefficients"] = np.full((1, len(drawn)), BETA, "float32")
     batch["row_weights"] = np.repeat(probabilities, 2)[None].astype("float32") / 2
