@@ -73,8 +73,9 @@ def _weight_first(rows, weight):
     from jax import lax
 
     product = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())))
-    # Without the barrier XLA turns the product round again to save the transposition.
-    return lax.optimization_barrier(product).T
+    # Without the barriers XLA turns the product round again to save the transposition, and what comes next goes through
+    # it column by column.
+    return lax.optimization_barrier(lax.optimization_barrier(product).T)
 
 
 def in_row_chunks(function, *tensors):

@@ -14,7 +14,9 @@ def rotate(x, sine, cosine):
     Returns:
         A tensor like `x`; the rotation is computed in float32.
     """
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    sine, cosine = sine[:, :, None, :], cosine[:, :, None, :]
-    rotated = ops.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return ops.cast(rotated, x.dtype)
+    # Whole heads, one of them turned: halves that are put together at the end are several times slower on a CPU.
+    half = x.shape[-1] // 2
+    sines = ops.concatenate([-sine, sine], axis=-1)[:, :, None, :]
+    cosines = ops.concatenate([cosine, cosine], axis=-1)[:, :, None, :]
+    heads = ops.cast(x, "float32")
+    return ops.cast(heads * cosines + ops.roll(heads, half, axis=-1) * sines, x.dtype)
