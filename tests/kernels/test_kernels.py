@@ -158,3 +158,14 @@ def test_draws_of_rows_and_times_differ():
     rows, seed = ops.ones((64, 4096)), keras.random.SeedGenerator(1)
     first, second = (to_numpy(kernels.draw(rows, seed)) for _ in range(2))
     assert len(set(first)) > 60 and (first != second).sum() > 60
+
+
+@pytest.mark.parametrize("by_halves", [False, True])
+def test_heads_are_turned_as_complex_numbers(by_halves, monkeypatch):
+    if by_halves:
+        # As everywhere but on a CPU under XLA.
+        monkeypatch.setattr(importlib.import_module("keras_gemma.kernels.rotation"), "on_jax_cpu", lambda: False)
+    heads, angles = random_array(2, 5, 3, 8), 10 * random_array(2, 5, 4, seed=1)
+    turned = (heads[..., :4] + 1j * heads[..., 4:]) * np.exp(1j * angles.astype("float64"))[:, :, None]
+    found = kernels.rotate(*(ops.convert_to_tensor(x) for x in (heads, np.sin(angles), np.cos(angles))))
+    np.testing.assert_allclose(to_numpy(found), np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
