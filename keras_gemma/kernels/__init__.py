@@ -11,6 +11,7 @@ from keras_gemma.kernels.attention import causal_attention
 from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
 from keras_gemma.kernels.continuations import continued_prompts
+from keras_gemma.kernels.continuations import takes_continuations
 from keras_gemma.kernels.feed_forward import geglu
 from keras_gemma.kernels.feed_forward import prefers_own_geglu
 from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
@@ -73,6 +74,7 @@ __all__ = [
     "sharding_of_cache",
     "shards_of_batch",
     "stream_apart",
+    "takes_continuations",
     "token_log_probabilities",
     "tokens_apart",
     "vocabulary_loss",

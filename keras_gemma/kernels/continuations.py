@@ -7,7 +7,11 @@ import contextlib
 import contextvars
 from typing import NamedTuple
 
+import keras
 from keras import ops
+
+from keras_gemma.kernels.platform import jax_platform
+from keras_gemma.kernels.platform import on_jax
 
 _CONTINUED = contextvars.ContextVar("continued", default=None)
 
@@ -49,6 +53,11 @@ def continued_prompts(prompt_columns, continuations):
         yield continued
     finally:
         _CONTINUED.reset(before)
+
+
+def takes_continuations():
+    """Whether `continued_prompts` is worth it: on one CPU or TPU. cuDNN's attention takes no padding in front of rows."""
+    return keras.distribution.distribution() is None and not (on_jax() and jax_platform() == "gpu")
 
 
 def continued():

@@ -18,8 +18,8 @@ from keras_gemma.rlhf.policy_update import placed
 class DPOTrainer:
     """Trains a policy on pairs of answers directly (Rafailov et al., arXiv 2305.18290).
 
-    The reference is the policy as it is when the trainer is made, as for `ReinforceTrainer`. On one device both answers
-    are read behind one prompt, where that is shorter. JAX only.
+    The reference is the policy as it is when the trainer is made, as for `ReinforceTrainer`. On one CPU or TPU
+    both answers are read behind one prompt, where that is shorter. JAX only.
 
     Args:
         policy: a compiled `GemmaCausalLM` with a preprocessor, and without dropout.

@@ -48,8 +48,8 @@ class ReinforceTrainer:
         penalty_without_end: float, subtracted from the reward of a response that is cut off at `max_new_tokens`.
         microbatch_size: int, rows whose activations are in memory at a time. Where groups fit into it whole, their
             advantages are known within it, and each response is read once by the policy and once by the reference;
-            otherwise, and with `clip`, the policy reads them once more, beforehand. On one device the responses to a
-            prompt that are in one microbatch share it.
+            otherwise, and with `clip`, the policy reads them once more, beforehand. On one CPU or TPU,
+            the responses to a prompt that are in one microbatch share it.
         updates: int, steps of the optimizer for each batch of rollouts; above 1 with `clip`.
         clip: optional float, how far importance ratios of tokens count (PPO's clipping).
         seed: int. Prompts' order and samples follow from it.

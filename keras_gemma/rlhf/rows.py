@@ -7,7 +7,6 @@ columns, `R = G n`.
 
 import math
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -27,8 +26,8 @@ def microbatches(prompts, responses, rows, continuations=1):
         prompts: list of `N` lists of token ids.
         responses: list of `N` lists of token ids.
         rows: int; `R` is the next number that the devices sharing a batch divide.
-        continuations: int, how many responses beside each other have the same prompt; divides `N`. Where one device
-            has all rows, those of a microbatch may share it.
+        continuations: int, how many responses beside each other have the same prompt; divides `N`. Those of a
+            microbatch may share it (see `kernels.takes_continuations`).
 
     Returns:
         A dict of arrays. What a model reads: int32 `token_ids` and `padding_mask` `[M, R, T]` and `columns`
@@ -42,7 +41,7 @@ def microbatches(prompts, responses, rows, continuations=1):
     width = bucket(max(len(p) + len(r) for p, r in zip(prompts, responses)) - 1, SMALLEST_ROW, WIDTHS)
     longest = min(bucket(max(map(len, responses)), parts=WIDTHS), width)
     arrays = _of_responses(responses, count, longest)
-    sharing = 1 if keras.distribution.distribution() else math.gcd(continuations, rows)
+    sharing = math.gcd(continuations, rows) if kernels.takes_continuations() else 1
     prompt_columns = bucket(max(map(len, prompts)), SMALLEST_PROMPT, WIDTHS)
     if sharing > 1 and prompt_columns + sharing * (longest - 1) < sharing * width:
         arrays |= _behind_one_prompt(prompts, responses, count, prompt_columns, longest - 1, sharing)

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_gemma.kernels import continuations
 from keras_gemma.rlhf import ReinforceTrainer
 from keras_gemma.rlhf import rows
 
@@ -55,6 +56,11 @@ def test_a_prompt_stands_once_where_that_is_shorter():
     assert rows.microbatches(prompts, responses, 2, 2)["token_ids"].shape[1:] == (2, 64)
 
 
+def test_a_gpu_has_rows_without_padding_in_front(monkeypatch):
+    monkeypatch.setattr(continuations, "jax_platform", lambda: "gpu")
+    assert "columns" in rows.microbatches([[2] * 40] * 4, [[8] * 30] * 4, 4, continuations=4)
+
+
 def test_devices_that_share_a_batch_have_rows_of_their_own():
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
     try:
@@ -64,10 +70,10 @@ def test_devices_that_share_a_batch_have_rows_of_their_own():
     assert batch["token_ids"].shape[1] == 4 and "columns" in batch
 
 
-@pytest.mark.parametrize("continuations, count", [(4, 4), (4, 8), (3, 6), (6, 4)])
-def test_what_is_learned_does_not_depend_on_it(model, continuations, count):
+@pytest.mark.parametrize("group, count", [(4, 4), (4, 8), (3, 6), (6, 4)])
+def test_what_is_learned_does_not_depend_on_it(model, group, count):
     random = np.random.default_rng(0)
-    prompts = repeated([random.integers(2, 20, n).tolist() for n in (3, 9, 5)], continuations)
+    prompts = repeated([random.integers(2, 20, n).tolist() for n in (3, 9, 5)], group)
     responses = [random.integers(2, 20, n).tolist() for n in random.integers(1, 9, len(prompts))]
     trainer = ReinforceTrainer(model, lambda prompts, texts: [0.0] * len(texts), temperature=0.7)
     advantages = random.normal(size=len(prompts)).astype("float32")
@@ -82,7 +88,7 @@ def test_what_is_learned_does_not_depend_on_it(model, continuations, count):
         return [one[: len(prompts)] for one in scored], loss, gradients, batch["token_ids"].shape
 
     *expected, of_rows = learned(1)
-    *found, shared = learned(continuations)
+    *found, shared = learned(group)
     assert shared[1] < of_rows[1]
     for one, other in zip(*map(jax.tree.leaves, (found, expected))):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(np.abs(other).max(), 1e-3))
