@@ -56,7 +56,7 @@ def continued_prompts(prompt_columns, continuations):
 
 
 def takes_continuations():
-    """Whether `continued_prompts` is worth it: on one CPU or TPU. cuDNN's attention takes no padding in front of rows."""
+    """Whether `continued_prompts` is worth it: on one CPU or TPU. cuDNN's attention takes no padding in front."""
     return keras.distribution.distribution() is None and not (on_jax() and jax_platform() == "gpu")
 
 
