@@ -47,8 +47,8 @@ def test_seeds(models, inputs, name):
     assert sample(model, inputs, sampler, seed=1) == first
     assert sample(model, inputs, name, seed=1) == first
     assert sample(model, inputs, sampler, seed=2) != first
-    # Without a seed the sampler goes on, and seeds in between do not disturb it.
-    assert sample(model, inputs, sampler) != sample(model, inputs, sampler)
+    # Without a seed the sampler goes on, and seeds in between do not disturb it. Two of few likely texts may be equal.
+    assert len({str(sample(model, inputs, sampler)) for _ in range(6)}) > 1
 
 
 def test_a_seeded_sampler_repeats_its_sequence(models, inputs):
