@@ -112,13 +112,16 @@ class Engine:
 
     Args:
         backbone: a `GemmaBackbone`.
+        vocabulary_size: optional int, ids that stand for a token. An embedding may have more rows, as padding: these
+            are never chosen. By default every row is a token.
 
     Attributes:
         programs: dict of compiled `Program`s by what they do.
     """
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, vocabulary_size=None):
         self.backbone = backbone
+        self.vocabulary_size = vocabulary_size
         self.programs = {}
         self.memory = Memory()
 
@@ -191,8 +194,8 @@ class Engine:
             self._grow(decoding)
         until = decoding.capacity if new_tokens is None else min(column + new_tokens, decoding.capacity)
         program = self._program(
-            ("decode", decoding.network.key, decoding.sampler_key),
-            lambda: decode.make_decode(decoding.network, decoding.sampler),
+            ("decode", decoding.network.key, decoding.sampler_key, self.vocabulary_size),
+            lambda: decode.make_decode(decoding.network, decoding.sampler, self.vocabulary_size),
             donated=(1,),
         )
         decoding.cache, decoding.tokens, decoding.column, decoding.end_column, decoding.sampler_values = program(
@@ -270,8 +273,8 @@ class Engine:
         stop_token_ids = tuple(request.stop_token_ids) or None
         sampler_key, sampler = sampling.key_and_twin(request.sampler)
         program = self._program(
-            ("search", network.key, sampler_key, stop_token_ids),
-            lambda: decode.make_search(network, sampler, stop_token_ids),
+            ("search", network.key, sampler_key, stop_token_ids, self.vocabulary_size),
+            lambda: decode.make_search(network, sampler, stop_token_ids, self.vocabulary_size),
         )
         tokens, sampler_values = program(
             weights,

@@ -11,6 +11,7 @@ from keras_gemma.kernels import platform
 from keras_gemma.kernels.platform import on_jax
 from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.sharding import shardings_of_weight
+from keras_gemma.kernels.sharding import shardings_that_divide
 from keras_gemma.kernels.vocabulary import chunks_of_tokens
 from keras_gemma.kernels.vocabulary import columns_at_once
 from keras_gemma.kernels.vocabulary import is_exact_in_float32
@@ -21,7 +22,7 @@ from keras_gemma.kernels.weighted_tokens import skips_tokens
 from keras_gemma.kernels.weighted_tokens import weighted_first
 
 
-def token_log_probabilities(hidden, embeddings, targets, mask=None, known=None):
+def token_log_probabilities(hidden, embeddings, targets, mask=None, known=None, vocabulary_size=None):
     """What the model thinks of tokens that are there, without the tensor `[B, T, V]`, unless it is small.
 
     On JAX log-probabilities have gradients: those of a cross-entropy, in which the slope of a loss by the
@@ -32,6 +33,8 @@ def token_log_probabilities(hidden, embeddings, targets, mask=None, known=None):
         mask: optional tensor `[B, T]`, 0 where nobody asks. What is said of such tokens means nothing.
         known: optional pair, what this function said before of the same tokens. It is said again, and only gradients
             are computed.
+        vocabulary_size: optional int. The distribution is over the first so many ids, as where the rows of an embedding
+            after them are padding that is never drawn. `None` for all.
 
     Returns:
         Float32 log-probabilities `[B, T]` of the targets, and float32 entropies `[B, T]` of the distributions that they
@@ -48,6 +51,9 @@ def token_log_probabilities(hidden, embeddings, targets, mask=None, known=None):
     """
     shardings = shardings_of_weight(embeddings)
     hidden, embeddings, targets = (ops.convert_to_tensor(x) for x in (hidden, embeddings, targets))
+    if vocabulary_size is not None and vocabulary_size < embeddings.shape[0]:
+        embeddings = embeddings[:vocabulary_size]
+        shardings = shardings_that_divide(embeddings.shape, *shardings)
     mask = ops.ones(targets.shape, "float32") if mask is None else ops.convert_to_tensor(mask)
     if on_jax():
         return _jax_log_probabilities(*shardings)(hidden, embeddings, targets, mask, known)

@@ -160,6 +160,16 @@ def shardings_of_weight(variable):
     return (None, None) if whole == tuple(layout.axes) else (_sharding(*layout.axes), _sharding(*whole))
 
 
+def shardings_that_divide(shape, *shardings):
+    """The shardings, where all of them cut a tensor of this shape into equal parts; else `None` for each."""
+    try:
+        for sharding in filter(None, shardings):
+            sharding.shard_shape(tuple(shape))
+    except ValueError:
+        return (None,) * len(shardings)
+    return shardings
+
+
 @functools.cache
 def _exchange(given, wanted):
     """Function of a tensor laid out as `given`, to one as `wanted`; its gradient takes the way back.

@@ -438,7 +438,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         # Compiled programs are no state of the model: they are neither saved nor copied with it.
         if "_generation_engine" not in self.__dict__:
             self.__dict__["_generation_engine"] = generation.Engine(self.backbone)
-        return self.__dict__["_generation_engine"]
+        engine = self.__dict__["_generation_engine"]
+        # At each use: another preprocessor may have taken the place of the first.
+        engine.vocabulary_size = text_generation.vocabulary_size_of(self.preprocessor)
+        return engine
 
     def stream(self, prompt, max_length=None, stop_token_ids="auto", *, max_new_tokens=None, sampler=None, seed=None):
         """Continues one prompt and yields the new text as it comes.

@@ -31,6 +31,11 @@ def batches_of(data_set):
     return iter(data_set)
 
 
+def vocabulary_size_of(preprocessor):
+    """How many ids stand for a token, or `None` where nothing says so."""
+    return None if preprocessor is None else preprocessor.tokenizer.vocabulary_size()
+
+
 def prompts_of_text(preprocessor, inputs):
     """The ids of every prompt, and whether `inputs` was a batch."""
     if preprocessor is None:

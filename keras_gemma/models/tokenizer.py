@@ -88,6 +88,14 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         texts.set_shape([None])
         return texts if batched else texts[0]
 
+    def _detokenize_spm(self, inputs):
+        rows, batched = self._canonicalize_detokenize_spm_inputs(inputs)
+        # An embedding may have more rows than there are pieces. Their ids have no text.
+        rows = [[token_id for token_id in row if token_id < self._vocabulary_size] for row in rows]
+        self._maybe_initialized_spm()
+        texts = self._sentence_piece_spm.Decode(rows)
+        return texts if batched else texts[0]
+
     @property
     def unk_token_id(self):
         return self._unk_token_id

@@ -128,11 +128,22 @@ class PolicyUpdate:
         return logps
 
     def _scored(self, microbatch, known=None, training=False):
-        """Log-probabilities of the targets, at the temperature, and entropies."""
+        """Log-probabilities of the targets, at the temperature, and entropies.
+
+        They are those of the distribution that rollouts are drawn from: over the ids that the tokenizer has, not over
+        rows of the embedding beyond them. Nothing teaches these rows.
+        """
         backbone = self.policy.backbone
         hidden = rows.predicting_states(backbone, microbatch, training) / self.temperature
         embeddings = backbone.token_embedding.embeddings
-        return kernels.token_log_probabilities(hidden, embeddings, microbatch["targets"], microbatch["mask"], known)
+        return kernels.token_log_probabilities(
+            hidden,
+            embeddings,
+            microbatch["targets"],
+            microbatch["mask"],
+            known,
+            vocabulary_size=self.policy.preprocessor.tokenizer.vocabulary_size(),
+        )
 
     def _frozen(self):
         # As arguments: values that a program closes over would be copied into it.
