@@ -22,8 +22,8 @@ from keras_gemma.checkpoints import keras_weights
 from keras_gemma.checkpoints import pytorch_pickle
 from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.loading import open_preset
-from keras_gemma.checkpoints.staging import staged
 from keras_gemma.checkpoints.tensor_files import check_shard_size
+from keras_gemma.staging import staged
 
 # Those that are known by their files, before folders with a `config.json`, which say themselves what they are.
 BY_FILES = (gguf_file, keras_weights, pytorch_pickle, flax_orbax)

@@ -20,11 +20,11 @@ from keras_gemma.checkpoints.keras_preset import BLOCK_LAYERS
 from keras_gemma.checkpoints.keras_preset import block_path
 from keras_gemma.checkpoints.keras_preset import layers_by_path
 from keras_gemma.checkpoints.locating import read_json
-from keras_gemma.checkpoints.staging import staged
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
+from keras_gemma.staging import staged
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight")

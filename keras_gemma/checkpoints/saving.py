@@ -16,8 +16,10 @@ from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import BYTES_OF_GB
 from keras_gemma.checkpoints.tensor_files import check_shard_size
+from keras_gemma.locking import locked
 
 STAGING_PREFIX = ".saving-"
+LOCK_FILE = ".saving.lock"
 FORMER_CONFIG = "former_config.json"
 CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
 # How a backbone is trained and not what it is; keras-hub's does not know them.
@@ -215,20 +217,35 @@ def _metadata(backbone):
 
 @contextlib.contextmanager
 def _staged(preset_dir):
-    """A temporary folder whose files take their place in `preset_dir` at the end."""
+    """A temporary folder whose files take their place in `preset_dir` at the end. Those who save there take turns."""
     preset_dir = os.fspath(preset_dir)
     existed = os.path.isdir(preset_dir)
     os.makedirs(preset_dir, exist_ok=True)
-    # Inside, so that moving a file is renaming it.
-    staging = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=preset_dir)
     try:
-        yield staging
+        with locked(os.path.join(preset_dir, LOCK_FILE), preset_dir, wait=True) as alone:
+            # Inside, so that moving a file is renaming it.
+            staging = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=preset_dir)
+            try:
+                yield staging
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            _publish(staging, preset_dir)
+            shutil.rmtree(staging, ignore_errors=True)
+            if alone:
+                _remove_unfinished(preset_dir)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         if not existed:
-            os.rmdir(preset_dir)
+            # Another one may have saved there in the meantime.
+            with contextlib.suppress(OSError):
+                os.rmdir(preset_dir)
         raise
-    _publish(staging, preset_dir)
+
+
+def _remove_unfinished(preset_dir):
+    for entry in os.listdir(preset_dir):
+        if entry.startswith(STAGING_PREFIX):
+            shutil.rmtree(os.path.join(preset_dir, entry), ignore_errors=True)
 
 
 def _publish(staging, preset_dir):
@@ -243,9 +260,6 @@ def _publish(staging, preset_dir):
     for name in _files_with_config_last(staging):
         os.makedirs(os.path.dirname(os.path.join(preset_dir, name)), exist_ok=True)
         os.replace(os.path.join(staging, name), os.path.join(preset_dir, name))
-    for entry in os.listdir(preset_dir):
-        if entry.startswith(STAGING_PREFIX):
-            shutil.rmtree(os.path.join(preset_dir, entry), ignore_errors=True)
 
 
 def _remove_former_backbone(preset_dir):

@@ -9,10 +9,10 @@ OUTPUT/preset/             the tuned model, adapters merged
 """
 
 import json
-import os
 from pathlib import Path
 
 from keras_gemma import startup
+from keras_gemma.staging import write_file
 
 TFDS = "tfds:"
 
@@ -46,7 +46,7 @@ def run(args):
         checkpoints=args.output / "checkpoints",
         verbose=2,
     ).history
-    _write(args.output / "history.json", json.dumps(history, indent=2))
+    write_file(args.output / "history.json", json.dumps(history, indent=2))
     _draw(history, args.output / "curve.png")
     if args.rank is not None:
         model.backbone.save_lora_weights(str(args.output / "adapters.lora.h5"))
@@ -82,7 +82,7 @@ def _examples(args, preprocessor):
         validation, dropped = None, {}
     examples, left_out = data.tuning_examples(_source(args.data, args), preprocessor, filters)
     print(f"{', '.join(args.data)}: {left_out}")
-    _write(args.output / "dropped.json", json.dumps({**dropped, "training": left_out.to_json()}, indent=2))
+    write_file(args.output / "dropped.json", json.dumps({**dropped, "training": left_out.to_json()}, indent=2))
     if validation is None:
         examples, validation = _split(examples, 0.05 if args.validation_share is None else args.validation_share)
     return examples, validation
@@ -138,13 +138,6 @@ def _outcome(history):
     best = min(range(len(history["val_loss"])), key=history["val_loss"].__getitem__)
     perplexity = history["val_perplexity"][best]
     return f"perplexity of responses held out: {perplexity:.2f}, after epoch {best + 1} of {len(history['val_loss'])}"
-
-
-def _write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _draw(history, path):

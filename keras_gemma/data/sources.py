@@ -3,7 +3,6 @@
 ArrayRecord, jsonl, parquet, TFDS → `grain.MapDataset` of dicts
 """
 
-import contextlib
 import glob
 import json
 import os
@@ -12,6 +11,7 @@ import threading
 import numpy as np
 
 from keras_gemma.data.extras import required
+from keras_gemma.staging import staged
 
 SCAN_BYTES = 1 << 26
 ROW_GROUPS_IN_MEMORY = 8
@@ -138,11 +138,10 @@ def write_array_record(examples, path):
 def write_records(path, records):
     """Writes `records`, an iterable of bytes, to an ArrayRecord file. See `write_array_record`."""
     array_record_module = required("array_record.python.array_record_module")
-    unfinished = f"{path}.unfinished-{os.getpid()}"
     count = 0
-    try:
+    with staged(path, replace=True) as unfinished:
         # Grain reads single records.
-        writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
+        writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
         try:
             for record in records:
                 writer.write(record)
@@ -151,10 +150,6 @@ def write_records(path, records):
             writer.close()
         if not count:
             raise ValueError(f"At least one example is needed to write {path}. Received none.")
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(unfinished)
 
 
 def records_of(files, decode):

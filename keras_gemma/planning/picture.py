@@ -1,11 +1,11 @@
 """A plan as a picture."""
 
 import io
-import os
 from pathlib import Path
 
 from keras_gemma.planning.report import WHAT_IS_DONE
 from keras_gemma.planning.topology import GIB
+from keras_gemma.staging import write_file
 
 
 def draw(plan, path):
@@ -52,6 +52,4 @@ def _draw_times(axes, plan):
 def _write(figure, path):
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lstrip(".") or "png", dpi=120)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content.getvalue())
-    os.replace(unfinished, path)
+    write_file(path, content.getvalue())

@@ -7,12 +7,12 @@ DIRECTORY/reward_against_kl.png     what was gained and how far the policy went 
 
 import io
 import json
-import os
 from pathlib import Path
 
 import jax
 import keras
 
+from keras_gemma.staging import write_file
 from keras_gemma.training.event_files import EventFiles
 
 ROWS_OF_A_TABLE = 8
@@ -71,7 +71,7 @@ class RunReport(keras.callbacks.Callback):
         # Those of steps that a crash undid are left out.
         kept = [line for line in _lines(path) if json.loads(line)["step"] < step]
         added = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
-        _replace(path, "".join(f"{line}\n" for line in kept + added).encode())
+        write_file(path, "".join(f"{line}\n" for line in kept + added).encode())
 
 
 def table(samples):
@@ -114,7 +114,7 @@ def draw(steps, path):
     against_kl.set_ylabel("mean reward of a response")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    _replace(Path(path), picture.getvalue())
+    write_file(Path(path), picture.getvalue())
 
 
 def _draw_win_rates(axes, steps):
@@ -136,13 +136,6 @@ def _in_a_cell(text):
 
 def _lines(path):
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _replace(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _require_matplotlib():

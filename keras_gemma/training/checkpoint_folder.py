@@ -17,16 +17,22 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 
 import jax
 import numpy as np
 
+from keras_gemma.locking import locked
 from keras_gemma.training.errors import CheckpointNotSavedError
 from keras_gemma.training.errors import DamagedCheckpointError
 
 DIGESTS = "digests.json"
 # Orbax writes the time of the end into these, after the digests are taken.
 WRITTEN_LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
+LOCK_FILE = ".checkpoints.lock"
+
+# Who of this process writes to a folder: by its path, the thread and what releases the lock.
+_writers = {}
 
 
 class CheckpointFolder:
@@ -45,6 +51,7 @@ class CheckpointFolder:
         self._keep = keep
         self._manager = None
         self._being_saved = None
+        self._held = None
 
     def steps(self):
         """Steps of the complete checkpoints, damaged or not, the oldest first."""
@@ -108,7 +115,12 @@ class CheckpointFolder:
             )
 
     def open(self):
-        """Removes what an interrupted save left behind, and gets ready to write."""
+        """Removes what an interrupted save left behind, and gets ready to write.
+
+        Raises:
+            InUseError: if another run writes to the folder.
+        """
+        self._lock()
         orbax = self._orbax
         by_each_process = orbax.JsonCheckpointHandler(
             f"process_{jax.process_index()}.json",
@@ -205,6 +217,26 @@ class CheckpointFolder:
     def close(self):
         if self._manager is not None:
             self._manager.close()
+        self._unlock()
+
+    def _lock(self):
+        # Object stores have no locks.
+        if jax.process_index() > 0 or "://" in str(self.path):
+            return
+        path, thread = str(self.path), threading.get_ident()
+        # A thread has one run at a time: an earlier one, which could not close its folder, is over.
+        if path in _writers and _writers[path][0] == thread:
+            _writers.pop(path)[1].close()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(os.path.join(path, LOCK_FILE), path))
+            self._held = stack.pop_all()
+            _writers[path] = thread, self._held
+
+    def _unlock(self):
+        writer = _writers.get(str(self.path))
+        if writer and writer[1] is self._held:
+            _writers.pop(str(self.path))[1].close()
 
     def _write_digests(self):
         # Between the last file and the renaming, on the first process, when all have written.

@@ -438,12 +438,12 @@ def test_a_killed_conversion_leaves_no_target(source, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, source, target], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert not target.exists()
-    of_another_target, of_the_living = tmp_path / f".unfinished-{2**22 + 1}-other", tmp_path / ".unfinished-1-hf"
+    assert len(list(tmp_path.glob(".unfinished-*-hf"))) == 1
+    of_another_target = tmp_path / ".unfinished-1-other"
     of_another_target.mkdir()
-    of_the_living.mkdir()
     convert_quietly(source, target, format="hugging_face")
     assert_same(arrays(target), arrays(source))
-    assert set(os.listdir(tmp_path)) == {"source", "hf", of_another_target.name, of_the_living.name}
+    assert set(os.listdir(tmp_path)) == {"source", "hf", of_another_target.name}
 
 
 # === At the command line ===
