@@ -117,11 +117,13 @@ def transformers_logits(twin, inputs, positions=None):
 
 def gradients(model, inputs, targets, weights):
     """Gradient of the weighted mean cross-entropy for every weight by path: what a step of SGD subtracts."""
-    model.compile(optimizer=keras.optimizers.SGD(1.0), weighted_metrics=None)
+    # So large that the weights do not round the gradients away, and a power of two, which rounds nothing itself.
+    learning_rate = 2.0**12
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), weighted_metrics=None)
     before = {weight.path: to_numpy(weight.value) for weight in model.trainable_weights}
     model.train_on_batch(inputs, targets, weights)
     after = {weight.path: to_numpy(weight.value) for weight in model.trainable_weights}
-    return {path: before[path] - after[path] for path in before}
+    return {path: (before[path] - after[path]) / learning_rate for path in before}
 
 
 def to_numpy(tensor):

@@ -75,6 +75,16 @@ def test_positions_8190_and_8191_are_told_apart(policy):
     np.testing.assert_allclose(to_numpy(cosine), np.cos(angles), atol=1e-3)
 
 
+def test_inverse_frequencies_are_computed_in_float64_and_rounded_once():
+    in_float32 = np.float32(10_000) ** -(np.arange(0, 256, 2, dtype="float32") / np.float32(256))
+    expected = (10_000.0 ** -(np.arange(0, 256, 2) / 256)).astype("float32")
+    assert np.any(in_float32 != expected), "the test could not tell them apart"
+    np.testing.assert_array_equal(RotaryEmbedding(256).inverse_frequencies(), expected)
+    # What the angles are made of: where the sine of a small angle is the angle, it is the frequency itself.
+    sine, _ = RotaryEmbedding(256).rotation(ops.ones((1, 1), "int32"))
+    np.testing.assert_array_equal(to_numpy(sine)[0, 0, -8:], expected[-8:])
+
+
 def test_positions_count_from_zero_when_left_out():
     layer = RotaryEmbedding(8)
     left_out, _ = layer(ops.zeros((2, 5), "int32"))
