@@ -24,6 +24,8 @@ FORMER_CONFIG = "former_config.json"
 CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
 # How a backbone is trained and not what it is; keras-hub's does not know them.
 CONFIG_OF_TRAINING = ("recompute", "scan_layers")
+# What a preprocessor makes of texts, which keras-hub's does not ask.
+CONFIG_OF_PREPROCESSING = ("allow_special_tokens", "merge_system_messages")
 # Of an earlier save, and no longer true beside a new backbone.
 BACKBONE_FILES = (
     hub.MODEL_WEIGHTS_FILE,
@@ -194,7 +196,7 @@ def _for_keras_hub(config):
         return [_for_keras_hub(item) for item in config]
     if not isinstance(config, dict):
         return config
-    left_out = CONFIG_OF_THIS_PROCESS + CONFIG_OF_TRAINING
+    left_out = CONFIG_OF_THIS_PROCESS + CONFIG_OF_TRAINING + CONFIG_OF_PREPROCESSING
     config = {key: _for_keras_hub(value) for key, value in config.items() if key not in left_out}
     name = config.get("class_name")
     if str(config.get("registered_name")).startswith("keras_gemma>") and hub.module_of(name):

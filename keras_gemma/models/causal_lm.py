@@ -354,6 +354,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         max_new_tokens=None,
         sampler=None,
         seed=None,
+        allow_special_tokens=None,
     ):
         """Continues prompts.
 
@@ -373,6 +374,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 smaller limit holds.
             sampler: a keras-hub sampler or its name for this call, in place of the one the model was compiled with.
             seed: optional int. Equal seeds give equal samples. Without one the sampler goes on from call to call.
+            allow_special_tokens: optional bool. Whether special tokens that a prompt spells, such as `<start_of_turn>`,
+                become their ids or stay text. By default as the preprocessor does, which keeps them as text.
 
         Returns:
             A string or a list of strings; for token ids a dict of NumPy arrays as `inputs`, whose mask runs up to the
@@ -401,6 +404,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             "max_new_tokens": max_new_tokens,
             "stop_token_ids": text_generation.stop_token_list(self.preprocessor, stop_token_ids),
             "strip_prompt": strip_prompt,
+            "allow_special_tokens": allow_special_tokens,
         }
         with generation.Sampling(sampler, seed) as sampling:
             if not text_generation.is_data_set(inputs):
@@ -408,14 +412,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             batches = text_generation.batches_of(inputs)
             return text_generation.joined([self._generate_batch(batch, sampling, **settings) for batch in batches])
 
-    def _generate_batch(self, inputs, sampling, strip_prompt, **settings):
+    def _generate_batch(self, inputs, sampling, strip_prompt, allow_special_tokens=None, **settings):
         if text_generation.is_token_batch(inputs):
             prompts, width = text_generation.prompts_of_tokens(inputs)
             new_ids = self._new_ids(prompts, sampling, default_length=width, **settings)
             if strip_prompt:
                 return text_generation.token_rows(new_ids, 1)
             return text_generation.token_rows([a + b for a, b in zip(prompts, new_ids)], width)
-        prompts, batched = text_generation.prompts_of_text(self.preprocessor, inputs)
+        prompts, batched = text_generation.prompts_of_text(self.preprocessor, inputs, allow_special_tokens)
         new_ids = self._new_ids(prompts, sampling, default_length=self.preprocessor.sequence_length, **settings)
         rows = new_ids if strip_prompt else [a + b for a, b in zip(prompts, new_ids)]
         texts = self.preprocessor.decode_rows(rows)
@@ -443,7 +447,17 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         engine.vocabulary_size = text_generation.vocabulary_size_of(self.preprocessor)
         return engine
 
-    def stream(self, prompt, max_length=None, stop_token_ids="auto", *, max_new_tokens=None, sampler=None, seed=None):
+    def stream(
+        self,
+        prompt,
+        max_length=None,
+        stop_token_ids="auto",
+        *,
+        max_new_tokens=None,
+        sampler=None,
+        seed=None,
+        allow_special_tokens=None,
+    ):
         """Continues one prompt and yields the new text as it comes.
 
         The pieces together are what `generate(prompt, strip_prompt=True)` returns with the same arguments. No piece
@@ -451,7 +465,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         Args:
             prompt: a string or a dialogue.
-            max_length, stop_token_ids, max_new_tokens, sampler, seed: as of `generate`.
+            max_length, stop_token_ids, max_new_tokens, sampler, seed, allow_special_tokens: as of `generate`.
 
         Returns:
             An iterator over strings. Arguments are checked at once, not when the first string is drawn.
@@ -462,7 +476,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
         if generation.has_own_loop(sampler):
             raise ValueError(f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}")
-        prompts, batched = text_generation.prompts_of_text(self.preprocessor, prompt)
+        prompts, batched = text_generation.prompts_of_text(self.preprocessor, prompt, allow_special_tokens)
         if batched:
             raise ValueError("`stream` continues one prompt. Received a batch.")
         sampling = generation.Sampling(sampler, seed)

@@ -9,6 +9,8 @@ import numpy as np
 from keras_gemma import checkpoints
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
+from keras_gemma.models.chat_format import merge_system_message
+from keras_gemma.models.chat_format import without_turn_markers
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.tokenizer import GemmaTokenizer
 
@@ -28,11 +30,21 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     Every row opens with exactly one `<bos>`, whether or not the text spells it. `<eos>` ends a text that fits
     into the row; a text that is cut gets none.
 
+    What users write is text. Turns and their markers come from the roles of dialogues; where a string, prompt, response
+    or message spells a special token such as `<start_of_turn>`, it is encoded as the characters that it has.
+
     Args:
         tokenizer: a `GemmaTokenizer`.
         sequence_length: int, `T`. Length of the rows.
         add_start_token: bool. `False` leaves `<bos>` out.
         add_end_token: bool. `False` leaves `<eos>` out.
+        allow_special_tokens: bool. `True` turns special tokens that a text spells into their ids, as in keras-hub, for
+            prompts put together by hand: `"<start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n"`. Messages
+            of dialogues may not spell turn markers then. By default all of them stay text, and a warning says so once.
+        merge_system_messages: bool. `True` puts a system message in front of the first user message. By default it is
+            refused: Gemma 1 has no system role.
+
+    The last two are not part of a preset.
 
     Call arguments:
         x: for pretraining strings; for tuning `{"prompts": [...], "responses": [...]}` or dialogues, each a
@@ -55,6 +67,34 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     backbone_cls = GemmaBackbone
     tokenizer_cls = GemmaTokenizer
     presets = Presets()
+
+    def __init__(
+        self,
+        tokenizer,
+        sequence_length=1024,
+        add_start_token=True,
+        add_end_token=True,
+        allow_special_tokens=False,
+        merge_system_messages=False,
+        **kwargs,
+    ):
+        super().__init__(
+            tokenizer,
+            sequence_length=sequence_length,
+            add_start_token=add_start_token,
+            add_end_token=add_end_token,
+            **kwargs,
+        )
+        self.allow_special_tokens = allow_special_tokens
+        self.merge_system_messages = merge_system_messages
+        self._spelled_token_was_told = False
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "allow_special_tokens": self.allow_special_tokens,
+            "merge_system_messages": self.merge_system_messages,
+        }
 
     def build(self, input_shape):
         self.built = True
@@ -131,24 +171,64 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
     def row(self, example):
-        """The `Row` of one example: a string, `{"prompts", "responses"}` of strings, or a list of messages."""
+        """The `Row` of one example.
+
+        Args:
+            example: a string; `{"prompts", "responses"}`, a string and a string, or a dialogue that ends with the user
+                and the answer to it, which alone is learned; or a list of messages, where all turns of the model are.
+        """
         if isinstance(example, str):
             ids = self._text_ids(example)
             return self._ended(Row(ids, [True] * len(ids)))
         if isinstance(example, dict):
             if "responses" not in example:
                 raise ValueError("Training on 'prompts' needs their 'responses'. Received 'prompts' only.")
+            if not isinstance(example["prompts"], str):
+                return self._answer_row(example["prompts"], example["responses"])
             prompt = self._text_ids(example["prompts"])
-            response = self.tokenizer.encode(example["responses"])
+            response = self._encode(example["responses"], self.allow_special_tokens)
             return self._ended(Row(prompt + response, [False] * len(prompt) + [True] * len(response)))
-        ids, learned = self.tokenizer.encode_dialogue(dialogue_pieces(example))
+        return self._dialogue_row(example)
+
+    def _answer_row(self, messages, answer):
+        """Of a dialogue and the answer to it, which alone is learned."""
+        row = self._dialogue_row([*messages, {"role": "model", "content": answer}])
+        end = len(row.ids) - row.learned[::-1].index(True)
+        start = end - (row.learned[:end][::-1] + [False]).index(False)
+        return Row(row.ids, [start <= place < end for place in range(len(row.ids))])
+
+    def _dialogue_row(self, messages, allow_special_tokens=None, add_generation_prompt=False):
+        allow = self.allow_special_tokens if allow_special_tokens is None else allow_special_tokens
+        messages = merge_system_message(messages) if self.merge_system_messages else messages
+        pieces = dialogue_pieces(messages, add_generation_prompt)
+        ids, learned = self.tokenizer.encode_dialogue(pieces, allow)
+        # That a message is no turn goes without saying.
+        contents = [] if allow else [without_turn_markers(piece.content) for piece in pieces]
+        self._tell_of_spelled(next(filter(None, map(self.tokenizer.special_token_in, contents)), None))
         return Row(ids, learned) if self.add_start_token else Row(ids[1:], learned[1:])
 
-    def _text_ids(self, text):
+    def _text_ids(self, text, allow_special_tokens=None):
         while text.startswith(self.tokenizer.start_token):
             text = text.removeprefix(self.tokenizer.start_token)
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
-        return start + self.tokenizer.encode(text)
+        allow = self.allow_special_tokens if allow_special_tokens is None else allow_special_tokens
+        return start + self._encode(text, allow)
+
+    def _encode(self, text, allow_special_tokens):
+        if not allow_special_tokens:
+            self._tell_of_spelled(self.tokenizer.special_token_in(text))
+        return self.tokenizer.encode(text, allow_special_tokens=allow_special_tokens)
+
+    def _tell_of_spelled(self, token):
+        if token is None or self._spelled_token_was_told:
+            return
+        self._spelled_token_was_told = True
+        warnings.warn(
+            f"A text spells the special token {token!r}, which is read as plain text. For turns pass messages, a list "
+            "of {'role', 'content'}; to turn what texts spell into special tokens, as keras-hub does, set "
+            "`allow_special_tokens=True`, on the preprocessor or in `generate`. This is said once.",
+            stacklevel=3,
+        )
 
     def _ended(self, row):
         if not self.add_end_token:
@@ -165,14 +245,17 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             mask[i, : len(cut)] = True
         return padded, mask
 
-    def prompt_ids(self, prompt):
-        """Ids that generation starts from: of a string, or of a list of messages with the model's turn opened."""
+    def prompt_ids(self, prompt, allow_special_tokens=None):
+        """Ids that generation starts from.
+
+        Args:
+            prompt: a string, or a list of messages, behind which the model's turn is opened.
+            allow_special_tokens: optional bool in place of the preprocessor's own.
+        """
+        prompt = prompt["prompts"] if isinstance(prompt, dict) else prompt
         if isinstance(prompt, str):
-            return self._text_ids(prompt)
-        if isinstance(prompt, dict):
-            return self._text_ids(prompt["prompts"])
-        ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        return ids if self.add_start_token else ids[1:]
+            return self._text_ids(prompt, allow_special_tokens)
+        return self._dialogue_row(prompt, allow_special_tokens, add_generation_prompt=True).ids
 
     def generate_preprocess(self, x, sequence_length=None):
         """Token ids and padding mask `[B, T]` of prompts, with room left to generate.

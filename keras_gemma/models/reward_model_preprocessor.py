@@ -14,7 +14,8 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
     cut: a reward is read at that token.
 
     Args:
-        tokenizer, sequence_length, add_start_token: as of `GemmaCausalLMPreprocessor`. `T` is `sequence_length`.
+        tokenizer, sequence_length, add_start_token, **kwargs: as of `GemmaCausalLMPreprocessor`. `T` is
+            `sequence_length`.
 
     Call arguments:
         x: `{"prompts": [...], "chosen": [...], "rejected": [...]}` and optionally `"margins"`; prompts are strings or

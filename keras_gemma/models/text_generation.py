@@ -36,15 +36,16 @@ def vocabulary_size_of(preprocessor):
     return None if preprocessor is None else preprocessor.tokenizer.vocabulary_size()
 
 
-def prompts_of_text(preprocessor, inputs):
-    """The ids of every prompt, and whether `inputs` was a batch."""
+def prompts_of_text(preprocessor, inputs, allow_special_tokens=None):
+    """The ids of every prompt, and whether `inputs` was a batch. `None` leaves special tokens to the preprocessor."""
     if preprocessor is None:
         raise ValueError(
             "A model without a preprocessor generates from {'token_ids': ..., 'padding_mask': ...}. "
             f"Received: {inputs!r}"
         )
     examples, batched = examples_of(inputs)
-    return [preprocessor.prompt_ids(example) for example in examples], batched
+    asked = {} if allow_special_tokens is None else {"allow_special_tokens": allow_special_tokens}
+    return [preprocessor.prompt_ids(example, **asked) for example in examples], batched
 
 
 def prompts_of_tokens(inputs):

@@ -7,7 +7,9 @@ from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import END_OF_TURN
 from keras_gemma.models.chat_format import START_OF_TURN
 from keras_gemma.models.chat_format import dialogue_pieces
+from keras_gemma.models.chat_format import refuse_turn_markers
 from keras_gemma.models.presets import Presets
+from keras_gemma.models.special_tokens import SpecialTokens
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -16,6 +18,9 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     Text comes back from `detokenize` exactly as it went in: digits, bytes outside the vocabulary and white
     space included.
+
+    A call and `encode` turn a special token that a text spells, such as `<start_of_turn>`, into its id, as keras-hub
+    does. `encode(text, allow_special_tokens=False)`, the preprocessors and `apply_chat_template` keep it as text.
 
     Args:
         proto: path of a SentencePiece model, or its bytes. It must hold `<pad>`, `<bos>` and `<eos>`; chat needs
@@ -118,44 +123,94 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """The ids that end a generation: `<eos>`, and `<end_of_turn>` where the vocabulary has it."""
         return [i for i in (self.end_token_id, self.end_of_turn_id) if i is not None]
 
-    def encode(self, text):
-        """Ids of one string as a plain list, without special tokens added, padding or cutting."""
+    def encode(self, text, allow_special_tokens=True):
+        """Ids of one string as a plain list, without special tokens added, padding or cutting.
+
+        Args:
+            text: string.
+            allow_special_tokens: bool. `True` turns special tokens that the text spells, such as `<start_of_turn>` and
+                `<mask>`, into their ids. `False` keeps them as text: the ids are those of ordinary pieces that spell
+                the same. `<bos>`, `<eos>` and `<pad>` are text in both cases.
+
+        Example:
+
+        >>> from keras_gemma.models import GemmaTokenizer
+        >>> tokenizer = GemmaTokenizer.from_preset("gemma_tiny_en")
+        >>> tokenizer.encode("<end_of_turn>") == [tokenizer.end_of_turn_id]
+        True
+        >>> ids = tokenizer.encode("<end_of_turn>", allow_special_tokens=False)
+        >>> tokenizer.end_of_turn_id in ids, tokenizer.detokenize(ids)
+        (False, '<end_of_turn>')
+        """
         self._check_vocabulary()
         self._maybe_initialized_spm()
-        return self._sentence_piece_spm.Encode(text, out_type=int, add_bos=False, add_eos=False)
+        parts = [text] if allow_special_tokens else self._special_tokens.cut(text)
+        encode = self._sentence_piece_spm.Encode
+        return [i for part in parts for i in encode(part, out_type=int, add_bos=False, add_eos=False)]
 
-    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True):
+    def special_token_in(self, text):
+        """The first special token that a text spells and that `encode` would turn into its id, or `None`."""
+        self._check_vocabulary()
+        return self._special_tokens.first_in(text)
+
+    @property
+    def _special_tokens(self):
+        proto, tokens = self.__dict__.get("_special_tokens_of", (None, None))
+        if proto is not self.proto:
+            # Not among the attributes that Keras tracks.
+            tokens = SpecialTokens(self.proto)
+            self.__dict__["_special_tokens_of"] = self.proto, tokens
+        return tokens
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, *, allow_special_tokens=False):
         """Formats a dialogue as the instruction-tuned models were trained on it.
 
         Args:
             messages: list of `{"role": ..., "content": ...}`, see `keras_gemma.models.chat_format`.
             add_generation_prompt: bool. Opens the model's turn at the end.
             tokenize: bool. Returns ids, else text.
+            allow_special_tokens: bool. `True` turns special tokens that a message spells into their ids, but for turn
+                markers, which it refuses. By default only the roles make special tokens, and messages are text.
 
         Returns:
             A list of ids that opens with exactly one `<bos>`, or the same as text.
 
         Raises:
-            ValueError: for a dialogue that the format refuses, or a vocabulary without turn markers.
+            ValueError: for a dialogue that the format refuses, or a vocabulary without turn markers; and with
+                `tokenize=False` for a message with a turn marker, which a text cannot tell from a turn.
         """
         pieces = dialogue_pieces(messages, add_generation_prompt)
         if not tokenize:
+            refuse_turn_markers(pieces)
             return self.start_token + "".join(piece.text for piece in pieces)
-        ids, _ = self.encode_dialogue(pieces)
+        ids, _ = self.encode_dialogue(pieces, allow_special_tokens)
         return ids
 
-    def encode_dialogue(self, pieces):
-        """Ids of a dialogue with its `<bos>`, and for each id whether the model writes it."""
+    def encode_dialogue(self, pieces, allow_special_tokens=False):
+        """Ids of a dialogue with its `<bos>`, and for each id whether the model writes it.
+
+        Args:
+            pieces: list of `Piece`s, as `dialogue_pieces` gives them.
+            allow_special_tokens: as of `apply_chat_template`.
+        """
+        if allow_special_tokens:
+            refuse_turn_markers(pieces)
         if self.start_of_turn_id is None or self.end_of_turn_id is None:
             raise ValueError(
                 f"Chat needs {START_OF_TURN!r} and {END_OF_TURN!r} in the vocabulary, and this one lacks them."
             )
         ids, learned = [self.start_token_id], [False]
         for piece in pieces:
-            piece_ids = self.encode(piece.text)
+            piece_ids = self._piece_ids(piece, allow_special_tokens)
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
         return ids, learned
+
+    def _piece_ids(self, piece, allow_special_tokens):
+        content, marker = piece.content, piece.text[len(piece.content) :]
+        if allow_special_tokens or not self.special_token_in(content):
+            return self.encode(piece.text)
+        return self.encode(content, allow_special_tokens=False) + self.encode(marker)
 
     @classmethod
     def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):

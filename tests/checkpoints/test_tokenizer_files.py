@@ -196,7 +196,7 @@ def test_dialogues_are_written_as_ours(proto, theirs, messages):
 )
 def test_dialogues_that_ours_refuses_are_refused(proto, theirs, messages, rule):
     with pytest.raises(ValueError):
-        GemmaTokenizer(proto=proto).apply_chat_template(messages)
+        GemmaTokenizer(proto=proto).apply_chat_template(messages, tokenize=False)
     with pytest.raises(Exception, match=rule):
         theirs.apply_chat_template(messages, tokenize=False)
 

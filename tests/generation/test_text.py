@@ -38,7 +38,8 @@ def test_text_is_that_of_the_token_ids(text_model):
 
 def test_dialogues(text_model):
     prompt = text_model.preprocessor.tokenizer.apply_chat_template(DIALOGUE, add_generation_prompt=True, tokenize=False)
-    expected = text_model.generate(prompt, strip_prompt=True, **SHORT)
+    expected = text_model.generate(prompt, strip_prompt=True, allow_special_tokens=True, **SHORT)
+    assert "".join(text_model.stream(prompt, allow_special_tokens=True, **SHORT)) == expected
     assert text_model.generate(DIALOGUE, strip_prompt=True, **SHORT) == expected
     assert text_model.generate([DIALOGUE], strip_prompt=True, **SHORT) == [expected]
     assert text_model.chat(DIALOGUE, **SHORT) == expected

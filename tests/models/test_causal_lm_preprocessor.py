@@ -89,6 +89,36 @@ def test_start_and_end_tokens_can_be_left_out(tokenizer, make_preprocessor):
         assert BOS not in dialogue["token_ids"]
 
 
+HAND_MADE = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_what_users_type_is_text_and_that_is_said_once(tokenizer, make_preprocessor):
+    literal = tokenizer.encode(HAND_MADE, allow_special_tokens=False)
+    forms = {
+        "string": (HAND_MADE, [BOS, *literal, EOS]),
+        "pair": ({"prompts": HAND_MADE, "responses": HAND_MADE}, [BOS, *literal, *literal, EOS]),
+    }
+    for example, expected in forms.values():
+        preprocessor = make_preprocessor()
+        with pytest.warns(UserWarning, match="'<start_of_turn>'.*allow_special_tokens=True") as caught:
+            assert preprocessor.row(example).ids == expected
+            assert preprocessor.prompt_ids(HAND_MADE) == [BOS, *literal]
+            assert preprocessor.prompt_ids({"prompts": HAND_MADE}) == [BOS, *literal]
+        assert len(caught) == 1
+    with pytest.warns(UserWarning, match="'<mask>'"):
+        make_preprocessor().row([{"role": "user", "content": "<end_of_turn> <mask>"}])
+
+
+def test_prompts_made_by_hand_are_turns_where_special_tokens_are_allowed(tokenizer, make_preprocessor):
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    preprocessor = make_preprocessor(allow_special_tokens=True)
+    assert preprocessor.prompt_ids(f"<bos>{HAND_MADE}") == expected
+    assert make_preprocessor().prompt_ids(HAND_MADE, allow_special_tokens=True) == expected
+    assert preprocessor.row(HAND_MADE).ids == [*expected, EOS]
+    restored = type(preprocessor).from_config({**preprocessor.get_config(), "tokenizer": tokenizer})
+    assert restored.allow_special_tokens and not restored.merge_system_messages
+
+
 # === Prompts and responses ===
 
 
@@ -122,6 +152,15 @@ def test_every_turn_of_the_model_and_its_end_is_learned(tokenizer, make_preproce
     expected = tokenizer.apply_chat_template(dialogue)
     assert ids[0].tolist() == expected + [PAD] * (81 - len(expected))
     assert EOS not in ids
+
+
+def test_of_a_dialogue_and_its_answer_the_answer_alone_is_learned(tokenizer, make_preprocessor):
+    preprocessor, dialogue = make_preprocessor(sequence_length=80), [*DIALOGUE, {"role": "user", "content": "12"}]
+    whole = preprocessor([[*dialogue, {"role": "model", "content": "34"}]])
+    for form in ({"prompts": dialogue, "responses": "34"}, {"prompts": [dialogue], "responses": ["34"]}):
+        batch = preprocessor([form] if isinstance(form["responses"], str) else form)
+        np.testing.assert_array_equal(batch[0]["token_ids"], whole[0]["token_ids"])
+        assert learned(tokenizer, batch) == ["34<end_of_turn>"]
 
 
 def test_refusals_of_the_chat_format_reach_the_user(make_preprocessor):

@@ -48,6 +48,41 @@ def test_turn_markers_in_text_become_their_ids(tokenizer):
     assert tokenizer.encode("<start_of_turn>a<end_of_turn>") == [5, *tokenizer.encode("a"), 6]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<start_of_turn>user\nHi <mask><mask><end_of_turn>\n",
+        "<<start_of_turn><start_of_<end_of_turn>turn> <start_of_turn",
+        "<pad><bos><eos>  the License\n",
+    ],
+)
+def test_special_tokens_in_text_stay_text_where_they_are_not_allowed(tokenizer, text):
+    ids = tokenizer.encode(text, allow_special_tokens=False)
+    assert not set(SPECIAL.values()) & set(ids)
+    assert tokenizer.detokenize(ids) == text
+
+
+def test_what_spells_no_special_token_has_the_same_ids_either_way(tokenizer):
+    for text in (*TEXTS.values(), "<b>the</b>\n<0x41> <start_of_turn"):
+        assert tokenizer.encode(text, allow_special_tokens=False) == tokenizer.encode(text)
+        assert tokenizer.special_token_in(text) is None
+    assert tokenizer.special_token_in("the <mask><end_of_turn>") == "<mask>"
+
+
+def test_html_tags_and_white_space_are_no_special_tokens():
+    pieces = {"pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"}
+    symbols = ["<tool>", "<tool>s", "<table>", "</h1>", "\n", "\n\n", "▁▁", "é", "[two▁words]"]
+    tokenizer = GemmaTokenizer(
+        proto=train(pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=symbols, **pieces)
+    )
+    for text in ("<table>one</h1>\n\n  é", "<tools>", "[twowords]"):
+        assert tokenizer.special_token_in(text) is None
+    for text, token in {"<tool>one": "<tool>", "a<tool>s": "<tool>s", "[two words]": "[two words]"}.items():
+        assert tokenizer.special_token_in(text) == token
+        ids = tokenizer.encode(text, allow_special_tokens=False)
+        assert tokenizer.detokenize(ids) == text and len(ids) > len(tokenizer.encode(text))
+
+
 def test_control_tokens_in_text_do_not(tokenizer):
     assert not {0, 1, 2} & set(tokenizer.encode("<pad><bos><eos>"))
 
