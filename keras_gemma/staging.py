@@ -1,14 +1,27 @@
 """A path that gets its name when all that belongs there is written."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import re
 import secrets
 import shutil
 
 from keras_gemma.locking import locked
 
 PREFIX = ".unfinished-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Libraries that write files themselves say it in words: NumPy's `tofile`, TensorStore.
+FULL_IN_WORDS = re.compile(r"No space left|\d+ requested and \d+ written|File too large|quota exceeded")
+
+
+class FullDiskError(OSError):
+    """There is no room for a file or folder."""
+
+    def __init__(self, target, reason):
+        super().__init__(f"`{target}` could not be written: no space left on the disk. Nothing was changed. ({reason})")
+        self.errno, self.reason = errno.ENOSPC, reason
 
 
 @contextlib.contextmanager
@@ -29,6 +42,7 @@ def staged(target, replace=False):
     Raises:
         FileExistsError: for a target that exists, unless it is replaced.
         InUseError: if another process or thread is writing the target, unless it is replaced.
+        OSError: for a disk without room.
     """
     target = pathlib.Path(target).absolute()
     made = [parent for parent in target.parents if not parent.exists()]
@@ -41,8 +55,9 @@ def staged(target, replace=False):
             if alone:
                 _remove_unfinished(target)
             try:
-                yield staging
-                os.replace(staging, target)
+                with naming_full_disks(target):
+                    yield staging
+                    os.replace(staging, target)
             except BaseException:
                 _remove(staging)
                 raise
@@ -51,6 +66,17 @@ def staged(target, replace=False):
             for parent in made:
                 parent.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def naming_full_disks(target):
+    """Says in a sentence that there was no room for a target."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in FULL and not FULL_IN_WORDS.search(str(error)):
+            raise
+        raise FullDiskError(target, getattr(error, "reason", error)) from error
 
 
 def write_file(path, content):

@@ -15,6 +15,7 @@ The models hand in their classes for loading and saving.
 """
 
 from keras_gemma.checkpoints.converting import convert
+from keras_gemma.checkpoints.h5_writing import save_weights
 from keras_gemma.checkpoints.inspecting import inspect
 from keras_gemma.checkpoints.loading import load_backbone
 from keras_gemma.checkpoints.loading import load_preprocessor
@@ -40,4 +41,5 @@ __all__ = [
     "save_preprocessor",
     "save_task",
     "save_tokenizer",
+    "save_weights",
 ]

@@ -17,6 +17,7 @@ from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import BYTES_OF_GB
 from keras_gemma.checkpoints.tensor_files import check_shard_size
 from keras_gemma.locking import locked
+from keras_gemma.staging import naming_full_disks
 
 STAGING_PREFIX = ".saving-"
 LOCK_FILE = ".saving.lock"
@@ -228,7 +229,8 @@ def _staged(preset_dir):
             # Inside, so that moving a file is renaming it.
             staging = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=preset_dir)
             try:
-                yield staging
+                with naming_full_disks(preset_dir):
+                    yield staging
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise

@@ -12,6 +12,8 @@ import h5py
 import ml_dtypes
 import numpy as np
 
+from keras_gemma.checkpoints.h5_writing import h5_file
+
 BYTES_OF_GB = 1024**3
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -115,7 +117,7 @@ def write_h5(path, tensors):
         path: of a file that does not exist yet.
         tensors: list of `StoredTensor`.
     """
-    with h5py.File(path, "w") as file:
+    with h5_file(path) as file:
         for tensor in tensors:
             array = tensor.read()
             if tensor.dtype == ml_dtypes.bfloat16:
@@ -214,7 +216,7 @@ def write_safetensors(path, tensors):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
-            tensor.read().tofile(file)
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
 
 
 # === Several files ===

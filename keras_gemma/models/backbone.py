@@ -308,7 +308,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         """Saves the backbone as a preset. See `GemmaCausalLM.save_to_preset`."""
         checkpoints.save_backbone(self, preset_dir, max_shard_size=max_shard_size)
 
-    save_weights = distribution.written_once(keras_hub.models.Backbone.save_weights)
+    save_weights = distribution.written_once(checkpoints.save_weights)
     save_lora_weights = distribution.written_once(keras_hub.models.Backbone.save_lora_weights)
 
 

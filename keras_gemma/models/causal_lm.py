@@ -592,7 +592,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
 
-    save_weights = distribution.written_once(keras_hub.models.CausalLM.save_weights)
+    save_weights = distribution.written_once(checkpoints.save_weights)
 
 
 def _unpacked(validation_data):

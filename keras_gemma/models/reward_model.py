@@ -303,11 +303,11 @@ class GemmaRewardModel(keras_hub.models.Task):
         """Saves model, head and preprocessor as a preset. Arguments and errors as of `GemmaCausalLM.save_to_preset`."""
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
 
-    save_weights = distribution.written_once(keras_hub.models.Task.save_weights)
+    save_weights = distribution.written_once(checkpoints.save_weights)
 
     def save_task_weights(self, filepath):
         """Saves the weights of the head. keras-hub would put the state of the optimizer beside them."""
-        keras.saving.save_weights(self, filepath, objects_to_skip=self._all_but_the_head())
+        checkpoints.save_weights(self, filepath, objects_to_skip=self._all_but_the_head())
 
     def load_task_weights(self, filepath):
         """Loads the weights of the head."""
