@@ -19,6 +19,7 @@ from keras_gemma.training import Perplexity
 from keras_gemma.training import TokenAccuracy
 from keras_gemma.training import TokenCount
 from keras_gemma.training import exact_resume_among
+from keras_gemma.training import in_whole_steps
 from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
 from keras_gemma.training.optimizers import warn_of_accumulation_by_batches
@@ -277,14 +278,16 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
-        return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
+        return in_whole_steps(keras.Model.fit)(
+            self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
             x = distribution.filled_up(x, steps=kwargs.get("steps"))
-        return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
+        return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits `[B, T, V]` of anything that `fit` takes. See `keras.Model.predict`.
@@ -292,7 +295,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         On several processes all rows on each of them; of a share that a process reads, its own.
         """
         batches = distribution.filled_up(self._batches(x, None, None, batch_size), steps=kwargs.get("steps"))
-        return distribution.own_rows(batches, keras.Model.predict(self, batches, **kwargs))
+        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, batches, **kwargs))
+
+    train_on_batch = in_whole_steps(keras_hub.models.CausalLM.train_on_batch)
+    test_on_batch = in_whole_steps(keras_hub.models.CausalLM.test_on_batch)
+    predict_on_batch = in_whole_steps(keras_hub.models.CausalLM.predict_on_batch)
 
     def make_predict_function(self, force=False):
         if self.predict_function is None or force:

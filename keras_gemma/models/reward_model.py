@@ -14,6 +14,7 @@ from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreproc
 from keras_gemma.training import TokenCount
 from keras_gemma.training import bradley_terry_losses
 from keras_gemma.training import exact_resume_among
+from keras_gemma.training import in_whole_steps
 from keras_gemma.training import step
 
 SMALLEST_ROW = 32
@@ -209,14 +210,16 @@ class GemmaRewardModel(keras_hub.models.Task):
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
-        return keras.Model.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
+        return in_whole_steps(keras.Model.fit)(
+            self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(_as_columns(x), y, sample_weight, batch_size), None, None
             x = distribution.filled_up(x, steps=kwargs.get("steps"))
-        return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
+        return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
@@ -273,7 +276,12 @@ class GemmaRewardModel(keras_hub.models.Task):
             {"token_ids": token_ids, "padding_mask": mask.astype("int32")}, None, None, batch_size, lambda x, *_: (x,)
         )
         batches = distribution.filled_up(x)
-        return distribution.own_rows(batches, keras.Model.predict(self, batches, verbose=0))[: len(rows)]
+        return distribution.own_rows(batches, self.predict(batches, verbose=0))[: len(rows)]
+
+    predict = in_whole_steps(keras.Model.predict)
+    train_on_batch = in_whole_steps(keras_hub.models.Task.train_on_batch)
+    test_on_batch = in_whole_steps(keras_hub.models.Task.test_on_batch)
+    predict_on_batch = in_whole_steps(keras_hub.models.Task.predict_on_batch)
 
     def make_predict_function(self, force=False):
         if self.predict_function is None or force:

@@ -13,6 +13,7 @@ from keras_gemma import kernels
 from keras_gemma.distribution import whole
 from keras_gemma.distribution.layouts import Layout
 from keras_gemma.rlhf import rows
+from keras_gemma.training import uninterrupted
 from keras_gemma.training.step import global_norm
 
 
@@ -70,21 +71,25 @@ class PolicyUpdate:
             A dict of floats, `loss`, `gradient_norm` and the metrics of the loss; and a dict of arrays `[M, R]`, what
             the loss said of rows.
         """
-        optimizer = [variable.value for variable in self.policy.optimizer.variables]
-        trained, optimizer, logs, of_rows = self._step(self.trained(), optimizer, self._frozen(), placed(batch))
-        _assign(self.policy.trainable_variables, trained)
-        _assign(self.policy.optimizer.variables, optimizer)
+        batch = placed(batch)
+        # The program takes over the memory of the old values.
+        with uninterrupted():
+            optimizer = [variable.value for variable in self.policy.optimizer.variables]
+            trained, optimizer, logs, of_rows = self._step(self.trained(), optimizer, self._frozen(), batch)
+            _assign(self.policy.trainable_variables, trained)
+            _assign(self.policy.optimizer.variables, optimizer)
         return {name: float(value) for name, value in logs.items()}, of_rows
 
     @contextlib.contextmanager
     def as_reference(self):
         """Within, the policy is its reference."""
         trained = self.trained()
-        _assign(self.policy.trainable_variables, self.reference)
         try:
+            _assign(self.policy.trainable_variables, self.reference)
             yield
         finally:
-            _assign(self.policy.trainable_variables, trained)
+            with uninterrupted():
+                _assign(self.policy.trainable_variables, trained)
 
     # === Programs ===
 

@@ -23,6 +23,8 @@ from keras_gemma.training.schedules import WarmUp
 from keras_gemma.training.token_count import TokenCount
 from keras_gemma.training.tuning import KeepBest
 from keras_gemma.training.tuning import tune
+from keras_gemma.training.whole_steps import in_whole_steps
+from keras_gemma.training.whole_steps import uninterrupted
 
 __all__ = [
     "NORMS_AND_BIASES",
@@ -45,7 +47,9 @@ __all__ = [
     "WarmUp",
     "bradley_terry_losses",
     "exact_resume_among",
+    "in_whole_steps",
     "peak_flops",
     "training_flops_per_token",
     "tune",
+    "uninterrupted",
 ]

@@ -18,6 +18,7 @@ from keras_gemma.training import run_state
 from keras_gemma.training.checkpoint_folder import CheckpointFolder
 from keras_gemma.training.errors import ForeignCheckpointError
 from keras_gemma.training.errors import NonFiniteLossError
+from keras_gemma.training.whole_steps import in_whole_steps
 
 
 class ExactResume(keras.callbacks.Callback):
@@ -122,7 +123,9 @@ class ExactResume(keras.callbacks.Callback):
         self.in_use = True
         try:
             rows = distribution.filled_up(batches, class_weight=kwargs.get("class_weight"), steps=steps_per_epoch)
-            history = keras.Model.fit(model, rows, callbacks=run, shuffle=False, verbose=verbose, **kwargs)
+            history = in_whole_steps(keras.Model.fit)(
+                model, rows, callbacks=run, shuffle=False, verbose=verbose, **kwargs
+            )
             self.folder.wait()
             return history
         except NonFiniteLossError as error:
