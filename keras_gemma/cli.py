@@ -372,7 +372,9 @@ def _add_sampling_options(parser):
         "--max-new-tokens", type=_positive_int, default=128, metavar="N", help="most tokens to write (default: 128)"
     )
     group.add_argument("--sampler", choices=SAMPLERS, default="top_p", help="how to choose (default: %(default)s)")
-    group.add_argument("--temperature", type=_positive_float, metavar="T", help="above 1 is wilder (default: 1.0)")
+    group.add_argument(
+        "--temperature", type=_temperature, metavar="T", help="above 1 is wilder, 0 is greedy (default: 1.0)"
+    )
     group.add_argument("--k", type=_positive_int, metavar="K", help="top_k: among the K likeliest (default: 40)")
     group.add_argument("--p", type=_share, metavar="P", help="top_p: among the likeliest that sum to P (default: 0.9)")
     group.add_argument("--seed", type=int, metavar="S", help="makes the text repeatable (default: a new one each time)")
@@ -389,6 +391,13 @@ def _positive_float(text):
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, received {text}")
+    return value
+
+
+def _temperature(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, received {text}")
     return value
 
 

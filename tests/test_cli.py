@@ -91,6 +91,8 @@ class TestUsage:
             ["generate", "--max-new-tokens", "0", "Hello"],
             ["generate", "--max-new-tokens", "many", "Hello"],
             ["generate", "--temperature", "-1", "Hello"],
+            ["generate", "--temperature", "nan", "Hello"],
+            ["generate", "--temperature", "inf", "Hello"],
             ["generate", "--p", "1.5", "Hello"],
             ["generate", "--sampler", "sorcery", "Hello"],
             ["generate", "--sampler", "greedy", "--temperature", "2", "Hello"],

@@ -15,6 +15,7 @@ The position of a token is its column minus the `first_column` of its row. Colum
 
 from keras_gemma.generation.cache import check_cache
 from keras_gemma.generation.cache import empty_cache
+from keras_gemma.generation.combined_sampler import CombinedSampler
 from keras_gemma.generation.decode import make_decode
 from keras_gemma.generation.engine import SMALLEST_STOP_LIST
 from keras_gemma.generation.engine import Engine
@@ -26,12 +27,14 @@ from keras_gemma.generation.network import LayerNetwork
 from keras_gemma.generation.prefill import make_block
 from keras_gemma.generation.prefill import make_embed
 from keras_gemma.generation.prefill import make_last_block
+from keras_gemma.generation.sampler_settings import check_settings
 from keras_gemma.generation.sampling import Sampling
 from keras_gemma.generation.sampling import has_own_loop
 from keras_gemma.generation.sampling import resolve_sampler
 
 __all__ = [
     "SMALLEST_STOP_LIST",
+    "CombinedSampler",
     "Engine",
     "LayerNetwork",
     "Request",
@@ -39,6 +42,7 @@ __all__ = [
     "batch_bucket",
     "capacity_bucket",
     "check_cache",
+    "check_settings",
     "empty_cache",
     "has_own_loop",
     "make_block",

@@ -2,11 +2,13 @@
 
 from keras import ops
 
+from keras_gemma.generation import logits_processors
 from keras_gemma.generation import sampling
 from keras_gemma.generation.cache import update_cache
 
 # What a row holds after its end.
 FILLER = 0
+PENALTY = "repetition_penalty"
 
 
 def make_decode(network, sampler, vocabulary_size=None):
@@ -22,27 +24,66 @@ def make_decode(network, sampler, vocabulary_size=None):
         stop_token_ids    int32 [any], -1 where unused
         until             int32 scalar, at most S
         sampler_values    the values of the sampler's variables
+        settings          dict of scalars: of `sampling.settings_of`, and `repetition_penalty` where there is one
+        log_probs         float32 [B, S], what the model thought of each new token, where they are kept; else ()
 
-    It returns cache, tokens, column, end_column and sampler_values as they are afterwards. Only the first
+    It returns cache, tokens, column, end_column, sampler_values and log_probs as they are afterwards. Only the first
     `vocabulary_size` ids are ever chosen; `None` for all.
     """
 
-    def decode(weights, cache, tokens, column, end_column, stop_token_ids, until, sampler_values):
-        def unfinished(cache, tokens, column, end_column, sampler_values):
+    def decode(weights, cache, tokens, column, end_column, stop_token_ids, until, sampler_values, settings, log_probs):
+        def unfinished(cache, tokens, column, end_column, sampler_values, log_probs):
             return ops.logical_and(column < until, ops.any(column < end_column))
 
-        def append(cache, tokens, column, end_column, sampler_values):
+        def append(cache, tokens, column, end_column, sampler_values, log_probs):
             logits, _, cache = _next(network, weights, tokens, cache, column, vocabulary_size)
-            chosen, sampler_values = sampling.choose(sampler, logits, sampler_values)
-            chosen = ops.where(column < end_column, chosen, FILLER)
-            stops = ops.any(chosen[:, None] == stop_token_ids[None, :], axis=-1)
-            end_column = ops.where(stops, ops.minimum(end_column, column + 1), end_column)
-            tokens = ops.slice_update(tokens, (0, column), chosen[:, None])
-            return cache, tokens, column + 1, end_column, sampler_values
+            return cache, *append_token(
+                sampler,
+                settings,
+                stop_token_ids,
+                logits,
+                cache["first_column"],
+                tokens,
+                column,
+                end_column,
+                sampler_values,
+                log_probs,
+            )
 
-        return ops.while_loop(unfinished, append, (cache, tokens, column, end_column, sampler_values))
+        state = (cache, tokens, column, end_column, sampler_values, log_probs)
+        return ops.while_loop(unfinished, append, state)
 
     return decode
+
+
+def append_token(
+    sampler, settings, stop_token_ids, logits, first_column, tokens, column, end_column, sampler_values, log_probs
+):
+    """Chooses the tokens of one column from its logits `[B, V]`. Other arguments and results as of `make_decode`."""
+    chosen, sampler_values = sampling.choose(
+        sampler, _penalized(logits, tokens, first_column, column, settings), sampler_values, _of_sampler(settings)
+    )
+    chosen = ops.where(column < end_column, chosen, FILLER)
+    if not isinstance(log_probs, tuple):
+        of_chosen = ops.take_along_axis(logits, chosen[:, None], axis=-1)
+        of_chosen = of_chosen - ops.logsumexp(logits, axis=-1, keepdims=True)
+        log_probs = ops.slice_update(log_probs, (0, column), of_chosen)
+    stops = ops.any(chosen[:, None] == stop_token_ids[None, :], axis=-1)
+    end_column = ops.where(stops, ops.minimum(end_column, column + 1), end_column)
+    tokens = ops.slice_update(tokens, (0, column), chosen[:, None])
+    return tokens, column + 1, end_column, sampler_values, log_probs
+
+
+def _penalized(logits, tokens, first_column, column, settings):
+    if PENALTY not in settings:
+        return logits
+    columns = ops.arange(ops.shape(tokens)[1], dtype="int32")[None, :]
+    filled = ops.logical_and(columns >= first_column[:, None], columns < column)
+    return logits_processors.penalize_repetition(logits, tokens, filled, settings[PENALTY])
+
+
+def _of_sampler(settings):
+    return {name: value for name, value in settings.items() if name != PENALTY}
 
 
 def make_search(network, sampler, stop_token_ids, vocabulary_size=None):

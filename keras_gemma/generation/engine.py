@@ -20,6 +20,7 @@ from keras_gemma.generation.network import LayerNetwork
 from keras_gemma.generation.network import Memory
 from keras_gemma.generation.network import network_of
 from keras_gemma.generation.programs import Program
+from keras_gemma.generation.sampler_settings import check_settings
 
 SMALLEST_PROMPT = 32
 SMALLEST_CAPACITY = 256
@@ -43,6 +44,8 @@ class Request:
         continuations: int, continuations of each prompt, which is run once for all of them. They come beside each
             other, and `new_tokens` is of prompts.
         most_columns: optional int, prompt and new tokens that no request of a caller exceeds: a cache is no larger.
+        repetition_penalty: optional float, see `logits_processors.penalize_repetition`.
+        keep_log_probs: bool. Keeps the log-probability of every new token.
     """
 
     prompts: list
@@ -52,6 +55,8 @@ class Request:
     sampler_values: tuple
     continuations: int = 1
     most_columns: int | None = None
+    repetition_penalty: float | None = None
+    keep_log_probs: bool = False
 
     def __post_init__(self):
         if not self.prompts:
@@ -63,6 +68,12 @@ class Request:
                 raise ValueError("A prompt needs at least one token, such as <bos>. Received an empty one.")
             if new_tokens < 1:
                 raise ValueError(f"At least one new token must be asked for. Received: {new_tokens}")
+        check_settings(repetition_penalty=self.repetition_penalty)
+        if sampling.has_own_loop(self.sampler) and (self.repetition_penalty is not None or self.keep_log_probs):
+            raise ValueError(
+                "A repetition penalty and log-probabilities go with samplers that choose token by token. "
+                f"Received: {type(self.sampler).__name__}"
+            )
 
 
 @dataclass
@@ -82,6 +93,8 @@ class Decoding:
     end_column: Any
     stop_token_ids: Any
     sampler_values: tuple
+    settings: dict
+    log_probs: Any
 
     @property
     def capacity(self):
@@ -101,6 +114,26 @@ class Decoding:
         ends = np.minimum(whole(self.end_column), int(self.column))
         tokens = whole(self.tokens)
         return [tokens[row, self.prompt_length : ends[row]].tolist() for row in range(self.rows)]
+
+    def ended(self):
+        """Which rows have ended, a list of bools."""
+        return (whole(self.end_column)[: self.rows] <= int(self.column)).tolist()
+
+    def new_log_probs(self):
+        """The log-probabilities of `new_ids()`, a list of float32 arrays, under the model itself.
+
+        Neither temperature nor anything else that shapes what is drawn from changes them.
+        """
+        log_probs = whole(self.log_probs)
+        return [log_probs[row, self.prompt_length :][: len(ids)] for row, ids in enumerate(self.new_ids())]
+
+    def end_rows(self, lengths):
+        """Ends rows early. `lengths` has the number of new tokens that a row keeps, by row."""
+        if lengths:
+            end_column = np.array(whole(self.end_column))
+            for row, length in lengths.items():
+                end_column[row] = self.prompt_length + length
+            self.end_column = _on_device(end_column)
 
 
 class Engine:
@@ -144,16 +177,28 @@ class Engine:
         return decoding.new_ids(), decoding.sampler_values
 
     def stream(self, request):
-        """Continues one prompt, yielding its new ids as of `generate` so far, and the sampler's values."""
+        """Continues prompts, yielding their new ids as of `generate` so far, and the sampler's values."""
+        for decoding in self.decodings(request):
+            yield decoding.new_ids(), decoding.sampler_values
+
+    def decodings(self, request, new_tokens=None):
+        """Continues prompts and yields their `Decoding` as it goes on, whose rows may be ended on the way.
+
+        Args:
+            request: a `Request` whose sampler chooses token by token.
+            new_tokens: optional int, columns from one time to the next. By default as few as a reader needs to see
+                text flow.
+        """
         decoding = self.start(request)
-        new_tokens = 1
+        streamed = 1
         while not decoding.finished:
             began = time.monotonic()
-            self.advance(decoding, new_tokens)
-            new_ids = decoding.new_ids()
+            self.advance(decoding, new_tokens or streamed)
+            # Waits for the device.
+            int(decoding.column)
             seconds = time.monotonic() - began
-            yield new_ids, decoding.sampler_values
-            new_tokens = min(2 * new_tokens, MOST_STREAMED) if seconds < STREAM_SECONDS else 1
+            yield decoding
+            streamed = min(2 * streamed, MOST_STREAMED) if seconds < STREAM_SECONDS else 1
 
     def start(self, request):
         """Runs the prompts of a `Request` and returns its `Decoding`, which `advance` continues."""
@@ -185,6 +230,8 @@ class Engine:
             end_column=_on_device(end_column),
             stop_token_ids=ops.convert_to_tensor(_stop_list(request.stop_token_ids)),
             sampler_values=request.sampler_values,
+            settings=_settings(request),
+            log_probs=_on_device(np.zeros(tokens.shape, "float32")) if request.keep_log_probs else (),
         )
 
     def advance(self, decoding, new_tokens=None):
@@ -198,7 +245,7 @@ class Engine:
             lambda: decode.make_decode(decoding.network, decoding.sampler, self.vocabulary_size),
             donated=(1,),
         )
-        decoding.cache, decoding.tokens, decoding.column, decoding.end_column, decoding.sampler_values = program(
+        state = program(
             decoding.weights,
             decoding.cache,
             decoding.tokens,
@@ -207,7 +254,11 @@ class Engine:
             decoding.stop_token_ids,
             _scalar(until),
             decoding.sampler_values,
+            decoding.settings,
+            decoding.log_probs,
         )
+        decoding.cache, decoding.tokens, decoding.column, decoding.end_column = state[:4]
+        decoding.sampler_values, decoding.log_probs = state[4:]
 
     def forward(self, token_ids, cache, column):
         """Logits `[B, T, V]`, hidden states and the new cache of tokens `[B, T]` at the columns from `column` on."""
@@ -228,7 +279,10 @@ class Engine:
             # One layer at a time, so that no second cache stands beside the first.
             layers[index] = (program(key), program(value))
         decoding.cache["layers"] = tuple(layers)
-        decoding.tokens = ops.pad(decoding.tokens, [(0, 0), (0, capacity - decoding.capacity)])
+        room = [(0, 0), (0, capacity - decoding.capacity)]
+        decoding.tokens = ops.pad(decoding.tokens, room)
+        if not isinstance(decoding.log_probs, tuple):
+            decoding.log_probs = ops.pad(decoding.log_probs, room)
 
     def _prefill(self, network, weights, token_ids, first_column, capacity, copies=1, with_hidden=False):
         """The cache of right-aligned prompts, copies of a row beside each other; and hidden states where asked for.
@@ -337,6 +391,13 @@ def _cut(row, new_tokens, stop_token_ids):
     row = row[:new_tokens].tolist()
     ends = [i + 1 for i, token in enumerate(row) if token in stop_token_ids]
     return row[: ends[0]] if ends else row
+
+
+def _settings(request):
+    settings = sampling.settings_of(request.sampler)
+    if request.repetition_penalty is not None:
+        settings[decode.PENALTY] = ops.convert_to_tensor(request.repetition_penalty, "float32")
+    return settings
 
 
 def _scalar(value):

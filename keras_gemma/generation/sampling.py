@@ -9,15 +9,25 @@ import keras_hub
 from keras import ops
 
 from keras_gemma import kernels
+from keras_gemma.generation import combined_sampler
+from keras_gemma.generation.buckets import bucket
+from keras_gemma.generation.combined_sampler import CombinedSampler
+from keras_gemma.generation.sampler_settings import check_sampler
+from keras_gemma.generation.sampler_settings import is_greedy
 
 NAMES = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
-def resolve_sampler(sampler):
+def resolve_sampler(sampler, vocabulary_size=None):
     """The keras-hub sampler that a name, a configuration or a sampler stands for.
 
+    Args:
+        sampler: a name, a configuration or a sampler. One of temperature 0 stands for `GreedySampler`.
+        vocabulary_size: optional int, the most candidates that a sampler may have.
+
     Raises:
-        ValueError: for an unknown name, something that is no sampler, and samplers that need more than one model.
+        ValueError: for an unknown name, something that is no sampler, samplers that need more than one model, and
+            settings that make no distribution.
 
     Example:
 
@@ -38,7 +48,10 @@ def resolve_sampler(sampler):
         raise ValueError("`SpeculativeSampler` needs a draft model beside this one, which `generate` does not take.")
     if getattr(sampler, "return_all_beams", False):
         raise ValueError("`generate` returns one text a prompt. Received a sampler with return_all_beams=True.")
-    return sampler
+    check_sampler(sampler, vocabulary_size)
+    # A user's own may choose otherwise than by likelihood. See `choose`.
+    known = _is_known(sampler)
+    return keras_hub.samplers.GreedySampler() if known and is_greedy(sampler.temperature) else sampler
 
 
 def has_own_loop(sampler):
@@ -50,11 +63,33 @@ def key_and_twin(sampler):
 
     Samplers of keras-hub are described by their settings, and a copy is built into the program, so that changing
     the settings of the original later changes no program. A user's own may hold anything and stands for itself.
+    What `settings_of` gives is not built in.
     """
-    if not type(sampler).__module__.startswith("keras_hub."):
+    if not _is_known(sampler):
         return sampler, sampler
     config = {name: value for name, value in sampler.get_config().items() if name != "seed"}
+    if type(sampler) is keras_hub.samplers.RandomSampler:
+        config.pop("temperature")
+    if type(sampler) is CombinedSampler:
+        numbers = sampler.numbers()
+        config = {name: 1 for name in numbers}
+        if "top_k" in numbers:
+            config["top_k"] = bucket(sampler.top_k)
     return (type(sampler), *sorted(config.items())), type(sampler).from_config(config)
+
+
+def settings_of(sampler):
+    """The settings that a program takes as tensors, so that one serves all their values: a dict of scalars."""
+    if type(sampler) is keras_hub.samplers.RandomSampler:
+        numbers = {"temperature": float(sampler.temperature)}
+    else:
+        numbers = sampler.numbers() if type(sampler) is CombinedSampler else {}
+    dtypes = {name: "int32" if name == "top_k" else "float32" for name in numbers}
+    return {name: ops.convert_to_tensor(value, dtypes[name]) for name, value in numbers.items()}
+
+
+def _is_known(sampler):
+    return type(sampler) is CombinedSampler or type(sampler).__module__.startswith("keras_hub.")
 
 
 class Sampling:
@@ -92,18 +127,36 @@ def seeded_values(sampler, seed):
     return tuple(ops.convert_to_tensor(generator.state) for generator in generators)
 
 
-def choose(sampler, logits, values):
-    """The next token `[B]` of every row from its float32 logits `[B, V]`, and the sampler's new values."""
+def choose(sampler, logits, values, settings):
+    """The next token `[B]` of every row.
+
+    Args:
+        sampler: of `key_and_twin`.
+        logits: float32 tensor `[B, V]`.
+        values: the values of the sampler's variables.
+        settings: of `settings_of`.
+
+    Returns:
+        Int32 tokens `[B]`, and the sampler's new values.
+    """
     if type(sampler) is keras_hub.samplers.GreedySampler:
         return kernels.first_argmax(logits), values
 
     def draw():
-        probabilities = sampler.compute_probabilities(logits)
-        if type(sampler) is keras_hub.samplers.RandomSampler:
+        if type(sampler) in (keras_hub.samplers.RandomSampler, CombinedSampler):
+            candidates = sampler.candidates(logits.shape[-1]) if type(sampler) is CombinedSampler else None
+            probabilities = combined_sampler.probabilities(logits, candidates, **settings)
             return kernels.draw(probabilities, sampler.seed_generator)
-        return ops.cast(sampler.get_next_token(probabilities), "int32")
+        return ops.cast(sampler.get_next_token(_probabilities(sampler, logits)), "int32")
 
     return _with_values(sampler, values, draw)
+
+
+def _probabilities(sampler, logits):
+    overridden = type(sampler).compute_probabilities is not keras_hub.samplers.Sampler.compute_probabilities
+    if overridden or not is_greedy(sampler.temperature):
+        return sampler.compute_probabilities(logits)
+    return ops.one_hot(kernels.first_argmax(logits), logits.shape[-1], dtype="float32")
 
 
 def run(sampler, values, arguments):

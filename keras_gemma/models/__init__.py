@@ -3,6 +3,7 @@
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.causal_lm import GemmaCausalLM
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
+from keras_gemma.models.generating import GeneratedText
 from keras_gemma.models.reward_model import GemmaRewardModel
 from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
 from keras_gemma.models.tokenizer import GemmaTokenizer
@@ -14,4 +15,5 @@ __all__ = [
     "GemmaRewardModel",
     "GemmaRewardModelPreprocessor",
     "GemmaTokenizer",
+    "GeneratedText",
 ]

@@ -7,6 +7,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma import generation
 from keras_gemma import kernels
+from keras_gemma.models import generating
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.backbone import refuse_wrong_export
@@ -103,13 +104,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             **kwargs: passed to `keras.Model.compile`.
 
         Raises:
-            ValueError: for fewer than one accumulation step.
+            ValueError: for fewer than one accumulation step, and for a sampler that makes no distribution.
         """
         if gradient_accumulation_steps < 1:
             raise ValueError(
                 "`gradient_accumulation_steps` cuts a batch into at least 1 part. "
                 f"Received: {gradient_accumulation_steps}"
             )
+        generation.resolve_sampler(sampler, self.backbone.vocabulary_size)
         if loss == "auto":
             loss = NextTokenLoss()
         if weighted_metrics == "auto":
@@ -361,12 +363,23 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         max_new_tokens=None,
         sampler=None,
         seed=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=None,
+        stop=None,
+        num_return_sequences=None,
+        return_log_probs=False,
         allow_special_tokens=None,
     ):
         """Continues prompts.
 
         Rows of a batch decode in step whatever their lengths. Sizes are rounded up to buckets, so that calls of new
         lengths rarely compile anything; beam and contrastive search compile for every new length.
+
+        `temperature`, `top_k`, `top_p` and `min_p` draw tokens by chance. They take the place of the model's sampler
+        for this call, and work together in this order, as in transformers. Other numbers compile nothing new.
 
         Args:
             inputs: a string; a dialogue, that is a list of `{"role", "content"}` messages, which the model answers;
@@ -380,7 +393,23 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             max_new_tokens: optional int. Most tokens of the continuation. Where `max_length` is given too, the
                 smaller limit holds.
             sampler: a keras-hub sampler or its name for this call, in place of the one the model was compiled with.
+                One of temperature 0 takes the likeliest token.
             seed: optional int. Equal seeds give equal samples. Without one the sampler goes on from call to call.
+            temperature: optional float. Divides the logits: below 1 likely tokens become likelier; 0 always takes the
+                likeliest. 1 unless given.
+            top_k: optional int. Draws from that many of the likeliest tokens.
+            top_p: optional float, above 0 and at most 1. Draws from the likeliest tokens that together reach this
+                probability.
+            min_p: optional float from 0 to 1. Draws from tokens at least so likely, compared with the likeliest.
+            repetition_penalty: optional float. Above 1, tokens that prompt or continuation already have become less
+                likely. It goes with any sampler that chooses token by token.
+            stop: optional string or list of strings. A row ends where its new text comes to one of them, which is left
+                out of the text. Rows of token ids end with the token that completes it.
+            num_return_sequences: optional int. Returns a list of so many texts for each prompt, which is run once for
+                all of them. Rows of token ids stand beside each other.
+            return_log_probs: bool. Returns a `GeneratedText` in place of each string, with the new token ids and the
+                log-probability of each under the model itself; for token ids a further float32 array `"log_probs"`
+                `[B, T]`, 0 where nothing was generated.
             allow_special_tokens: optional bool. Whether special tokens that a prompt spells, such as `<start_of_turn>`,
                 become their ids or stay text. By default as the preprocessor does, which keeps them as text.
 
@@ -389,8 +418,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             stop token, that one included.
 
         Raises:
-            ValueError: for a prompt that leaves no room, an empty batch, an unknown sampler, a limit below 1, and
-                token ids without `stop_token_ids` when there is no preprocessor.
+            ValueError: for a prompt that leaves no room, an empty batch, an unknown sampler, a limit below 1, settings
+                that make no distribution, `sampler` beside the settings that take its place, several sequences of a
+                sampler that would repeat itself, and token ids without `stop_token_ids` when there is no preprocessor.
 
         Example:
 
@@ -405,43 +435,25 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         >>> model.generate(prompt, stop_token_ids=None)["padding_mask"].sum()
         np.int64(5)
         """
-        sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
-        settings = {
-            "max_length": max_length,
-            "max_new_tokens": max_new_tokens,
-            "stop_token_ids": text_generation.stop_token_list(self.preprocessor, stop_token_ids),
-            "strip_prompt": strip_prompt,
-            "allow_special_tokens": allow_special_tokens,
-        }
-        with generation.Sampling(sampler, seed) as sampling:
-            if not text_generation.is_data_set(inputs):
-                return self._generate_batch(inputs, sampling, **settings)
-            batches = text_generation.batches_of(inputs)
-            return text_generation.joined([self._generate_batch(batch, sampling, **settings) for batch in batches])
-
-    def _generate_batch(self, inputs, sampling, strip_prompt, allow_special_tokens=None, **settings):
-        if text_generation.is_token_batch(inputs):
-            prompts, width = text_generation.prompts_of_tokens(inputs)
-            new_ids = self._new_ids(prompts, sampling, default_length=width, **settings)
-            if strip_prompt:
-                return text_generation.token_rows(new_ids, 1)
-            return text_generation.token_rows([a + b for a, b in zip(prompts, new_ids)], width)
-        prompts, batched = text_generation.prompts_of_text(self.preprocessor, inputs, allow_special_tokens)
-        new_ids = self._new_ids(prompts, sampling, default_length=self.preprocessor.sequence_length, **settings)
-        rows = new_ids if strip_prompt else [a + b for a, b in zip(prompts, new_ids)]
-        texts = self.preprocessor.decode_rows(rows)
-        return texts if batched else texts[0]
-
-    def _new_ids(self, prompts, sampling, **settings):
-        request = self._request(prompts, sampling, **settings)
-        new_ids, sampling.values = self.engine.generate(request)
-        return new_ids
-
-    def _request(self, prompts, sampling, max_length, max_new_tokens, stop_token_ids, default_length):
-        if max_length is None and max_new_tokens is None:
-            max_length = default_length
-        limits = text_generation.new_token_limits(prompts, max_length, max_new_tokens)
-        return generation.Request(prompts, limits, stop_token_ids, sampling.sampler, sampling.values)
+        options = generating.options_of(
+            self,
+            stop_token_ids=stop_token_ids,
+            stop=stop,
+            sampler=sampler,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            strip_prompt=strip_prompt,
+            num_return_sequences=num_return_sequences,
+            return_log_probs=return_log_probs,
+            allow_special_tokens=allow_special_tokens,
+        )
+        return generating.generate(self, inputs, options)
 
     @property
     def engine(self):
@@ -463,44 +475,61 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         max_new_tokens=None,
         sampler=None,
         seed=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=None,
+        stop=None,
         allow_special_tokens=None,
     ):
-        """Continues one prompt and yields the new text as it comes.
+        """Continues prompts and yields the new text as it comes.
 
         The pieces together are what `generate(prompt, strip_prompt=True)` returns with the same arguments. No piece
         ends inside a character.
 
         Args:
-            prompt: a string or a dialogue.
-            max_length, stop_token_ids, max_new_tokens, sampler, seed, allow_special_tokens: as of `generate`.
+            prompt: a string or a dialogue, or a list of either.
+            max_length, stop_token_ids, max_new_tokens, sampler, seed, temperature, top_k, top_p, min_p,
+                repetition_penalty, stop, allow_special_tokens: as of `generate`.
 
         Returns:
-            An iterator over strings. Arguments are checked at once, not when the first string is drawn.
+            An iterator over strings; for a list of prompts, over pairs of a prompt's index and a string. Arguments are
+            checked at once, not when the first string is drawn.
 
         Raises:
-            ValueError: as `generate`, and for a batch or a sampler that does not choose token by token.
+            ValueError: as `generate`, and for a sampler that does not choose token by token.
         """
-        sampler = generation.resolve_sampler(self.sampler if sampler is None else sampler)
-        if generation.has_own_loop(sampler):
-            raise ValueError(f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}")
-        prompts, batched = text_generation.prompts_of_text(self.preprocessor, prompt, allow_special_tokens)
-        if batched:
-            raise ValueError("`stream` continues one prompt. Received a batch.")
-        sampling = generation.Sampling(sampler, seed)
-        request = self._request(
-            prompts,
-            sampling,
+        options = generating.options_of(
+            self,
+            stop_token_ids=stop_token_ids,
+            stop=stop,
+            sampler=sampler,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             max_length=max_length,
             max_new_tokens=max_new_tokens,
-            stop_token_ids=text_generation.stop_token_list(self.preprocessor, stop_token_ids),
-            default_length=self.preprocessor.sequence_length,
+            allow_special_tokens=allow_special_tokens,
         )
-        return text_generation.text_pieces(self._growing_ids(request, sampling), self.preprocessor.decode)
+        return generating.stream(self, prompt, options)
 
-    def _growing_ids(self, request, sampling):
-        with sampling:
-            for rows, sampling.values in self.engine.stream(request):
-                yield rows[0]
+    def astream(self, prompt, max_length=None, stop_token_ids="auto", **kwargs):
+        """As `stream`, for `async for`: the event loop goes on while a thread decodes.
+
+        Args:
+            prompt, max_length, stop_token_ids, **kwargs: as of `stream`.
+
+        Returns:
+            An asynchronous iterator. Leaving it early ends the generation.
+
+        Raises:
+            ValueError: as `stream`, at once.
+        """
+        return generating.in_thread(self.stream(prompt, max_length, stop_token_ids, **kwargs))
 
     def chat(self, messages, max_length=None, stop_token_ids="auto", **kwargs):
         """The model's reply to a dialogue.

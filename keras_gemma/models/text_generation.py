@@ -6,6 +6,7 @@ import numpy as np
 from keras_gemma import data
 from keras_gemma.models.causal_lm_preprocessor import check_room
 from keras_gemma.models.causal_lm_preprocessor import examples_of
+from keras_gemma.models.stop_strings import StopStrings
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character of UTF-8 has up to four bytes, so the last three may still wait for another.
@@ -80,16 +81,29 @@ def token_rows(rows, width):
     return {"token_ids": token_ids, "padding_mask": mask}
 
 
+def is_batch(inputs):
+    """Whether an element of a data set is a batch of prompts, and no single one."""
+    return is_token_batch(inputs) or examples_of(inputs)[1]
+
+
 def joined(outputs):
-    """The outputs of several batches, or of single prompts, as those of one batch."""
+    """The outputs of several batches, or of single prompts, as those of one batch.
+
+    Args:
+        outputs: list of pairs of what `generate` returned, and whether it was for a batch.
+    """
     if not outputs:
         raise ValueError("A data set needs at least one batch. Received an empty one.")
-    if isinstance(outputs[0], str):
-        return outputs
-    if not isinstance(outputs[0], dict):
-        return [text for batch in outputs for text in batch]
-    rows = [row[mask] for batch in outputs for row, mask in zip(batch["token_ids"], batch["padding_mask"])]
-    return token_rows(rows, max(batch["token_ids"].shape[1] for batch in outputs))
+    if not isinstance(outputs[0][0], dict):
+        return [text for output, batched in outputs for text in (output if batched else [output])]
+    batches = [output for output, _ in outputs]
+    rows = [row[mask] for batch in batches for row, mask in zip(batch["token_ids"], batch["padding_mask"])]
+    together = token_rows(rows, max(batch["token_ids"].shape[1] for batch in batches))
+    if "log_probs" in batches[0]:
+        width = together["token_ids"].shape[1]
+        widened = [np.pad(b["log_probs"], ((0, 0), (0, width - b["log_probs"].shape[1]))) for b in batches]
+        together["log_probs"] = np.concatenate(widened)
+    return together
 
 
 def new_token_limits(prompts, max_length, max_new_tokens):
@@ -125,6 +139,30 @@ def stop_token_list(preprocessor, stop_token_ids):
     return list(preprocessor.tokenizer.stop_token_ids)
 
 
+class GrowingText:
+    """Gives out a text piece by piece as it grows, none of which ends inside a character or goes into a stop string.
+
+    Args:
+        stop: optional `StopStrings`.
+    """
+
+    def __init__(self, stop=None):
+        self.stop = stop or StopStrings()
+        self.shown = 0
+
+    def grow(self, text, complete=False):
+        """The next piece, which may be empty.
+
+        Args:
+            text: string, all of the text so far.
+            complete: bool. Nothing more will come.
+        """
+        end = len(self.stop.cut(text)) if complete else min(_complete(text), self.stop.safe_length(text))
+        piece = text[self.shown : end]
+        self.shown = max(end, self.shown)
+        return piece
+
+
 def text_pieces(batches_of_ids, decode):
     """Yields text as soon as its characters are complete.
 
@@ -132,15 +170,13 @@ def text_pieces(batches_of_ids, decode):
         batches_of_ids: iterator over all new ids so far, longer each time.
         decode: callable from ids to text.
     """
-    shown, text = 0, ""
+    growing, text = GrowingText(), ""
     for ids in batches_of_ids:
         text = decode(ids)
-        end = _complete(text)
-        if end > shown:
-            yield text[shown:end]
-            shown = end
-    if len(text) > shown:
-        yield text[shown:]
+        if piece := growing.grow(text):
+            yield piece
+    if piece := growing.grow(text, complete=True):
+        yield piece
 
 
 def _complete(text):

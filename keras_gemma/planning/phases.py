@@ -115,7 +115,7 @@ def of_decoding(model, rows, columns):
     sampler = generation.resolve_sampler("greedy")
     tokens, end_column = abstract.of_batch((rows, columns)), abstract.of_batch((rows,))
     scalar, stop_token_ids = abstract.everywhere(()), abstract.everywhere((generation.SMALLEST_STOP_LIST,))
-    arguments = (weights, cache, tokens, scalar, end_column, stop_token_ids, scalar, ())
+    arguments = (weights, cache, tokens, scalar, end_column, stop_token_ids, scalar, (), {}, ())
     step = Work(generation.make_decode(network, sampler), arguments, donated=(1,), turn_of_loop=True)
     kept = {"weights": abstract.bytes_on_a_device(weights), "cache": abstract.bytes_on_a_device(cache)}
     flops = forward_flops_per_token(model.backbone.get_config(), columns) * rows

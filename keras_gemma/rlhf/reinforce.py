@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 
+from keras_gemma import generation
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rewards as rewarding
 from keras_gemma.rlhf import rollouts as rolling
@@ -414,8 +415,12 @@ def _refuse_settings(group_size, baseline, max_new_tokens, temperature, microbat
     for name, value in {**counts, "updates": updates}.items():
         if value < 1:
             raise ValueError(f"`{name}` is at least 1. Received: {value}")
-    if temperature <= 0:
-        raise ValueError(f"`temperature` is above 0. Received: {temperature}")
+    generation.check_settings(temperature=temperature)
+    if temperature == 0:
+        raise ValueError(
+            "`temperature` is above 0: a policy that always takes the likeliest token has nothing to compare. "
+            f"Received: {temperature}"
+        )
     if updates > 1 and clip is None:
         raise ValueError(f"Several updates for one batch of rollouts need `clip`. Received: updates={updates}, no clip")
     if clip is not None and not 0 < clip < 1:

@@ -152,8 +152,8 @@ def test_refused(text_model, inputs, kwargs, message):
 
 
 def test_refused_streams(text_model):
-    with pytest.raises(ValueError, match="one prompt"):
-        text_model.stream(TEXTS)
+    with pytest.raises(ValueError, match="`top_p`"):
+        text_model.astream(TEXTS, top_p=2)
     with pytest.raises(ValueError, match="BeamSampler"):
         text_model.stream(TEXTS[0], sampler="beam")
 

@@ -501,6 +501,7 @@ def test_a_reward_model_judges_the_very_tokens(model, tokenizer):
         ({"group_size": 1}, "`group_size` of at least 2"),
         ({"max_new_tokens": 0}, "`max_new_tokens` is at least 1"),
         ({"temperature": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "Received: nan"),
         ({"updates": 2}, "need `clip`"),
         ({"clip": 1.5}, "between 0 and 1"),
         ({"reward": "good"}, "or a callable"),
