@@ -1,5 +1,6 @@
 """One object that holds the stages together and a compiled program per bucket of sizes."""
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from keras_gemma.distribution import whole
 from keras_gemma.generation import decode
 from keras_gemma.generation import prefill
 from keras_gemma.generation import sampling
+from keras_gemma.generation import scoring
 from keras_gemma.generation.buckets import bucket
 from keras_gemma.generation.cache import update_cache
 from keras_gemma.generation.cache import with_capacity
@@ -270,6 +272,41 @@ class Engine:
 
         program = self._program(("forward", network.key), lambda: run, donated=(2,))
         return program(network.weights(), token_ids, cache, column)
+
+    def log_probs(self, rows):
+        """What the model thinks of tokens that are there.
+
+        Args:
+            rows: list of lists of token ids, none of them empty.
+
+        Returns:
+            A list of float32 NumPy arrays as long as the rows: the log-probability of each token after those before
+            it, and 0 for the first.
+        """
+        network, weights, token_ids, _, x = self._through_blocks(rows)
+        program = self._program(
+            ("log_probs", network.key, self.vocabulary_size),
+            lambda: scoring.make_log_probs(network, self.vocabulary_size),
+        )
+        log_probs = whole(program(weights["ends"], x, token_ids))
+        return [np.concatenate([np.zeros(1, "float32"), log_probs[i, -len(row) :][1:]]) for i, row in enumerate(rows)]
+
+    def pooled_states(self, rows, pooling):
+        """One float32 state `[D]` for each row, of its tokens' final hidden states. See `scoring.make_pooled`."""
+        network, weights, _, first_column, x = self._through_blocks(rows)
+        program = self._program(("pooled", network.key, pooling), lambda: scoring.make_pooled(network, pooling))
+        return list(whole(program(weights["ends"], x, first_column))[: len(rows)])
+
+    def _through_blocks(self, rows):
+        network = network_of(self.backbone, self.memory)
+        weights = network.weights()
+        token_ids, first_column = map(_on_device, _right_aligned(rows))
+        x = self._program(("embed", network.key), lambda: prefill.make_embed(network))(weights["ends"], token_ids)
+        for index, block_weights in enumerate(weights["blocks"]):
+            kind = network.representatives[index]
+            make = functools.partial(scoring.make_whole_block, network, kind)
+            x = self._program(("block", network.key, kind), make)(block_weights, x, first_column)
+        return network, weights, token_ids, first_column, x
 
     def _grow(self, decoding):
         capacity = min(capacity_bucket(min(decoding.longest, 2 * decoding.capacity)), decoding.most_columns)

@@ -6,6 +6,7 @@ from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.generating import GeneratedText
 from keras_gemma.models.reward_model import GemmaRewardModel
 from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
+from keras_gemma.models.scoring import TextScore
 from keras_gemma.models.tokenizer import GemmaTokenizer
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "GemmaRewardModelPreprocessor",
     "GemmaTokenizer",
     "GeneratedText",
+    "TextScore",
 ]

@@ -8,6 +8,7 @@ from keras_gemma import distribution
 from keras_gemma import generation
 from keras_gemma import kernels
 from keras_gemma.models import generating
+from keras_gemma.models import scoring
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.backbone import refuse_wrong_export
@@ -345,6 +346,44 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+    def score_texts(self, texts, batch_size=8, max_length=scoring.LONGEST, stride=None):
+        """What the model thinks of texts: log-probability, perplexity, bits per byte.
+
+        Args:
+            texts: a string or a list of strings; or `{"prompts", "responses"}`, of which the responses are scored.
+                `<eos>` is not part of what is scored.
+            batch_size: int, texts that are scored at once.
+            max_length: int, tokens that are scored as one. By default those that Gemma was trained on.
+            stride: optional int. A longer text is scored in windows of `max_length` tokens, each of which scores
+                `stride` tokens more than the one before. `None` refuses it.
+
+        Returns:
+            A `TextScore`, or a list of them: `log_prob`, `tokens`, `perplexity` and `bits_per_byte`, and `log_probs`
+            `[n]` and `token_ids` `[n]` token by token.
+
+        Raises:
+            ValueError: for a text without a token or too long, and without a preprocessor.
+        """
+        return scoring.score_texts(self, texts, batch_size, max_length, stride)
+
+    def embed(self, texts, pooling="mean", batch_size=8, max_length=scoring.LONGEST, normalize=False):
+        """A vector for each text, from the final hidden states of its tokens.
+
+        Args:
+            texts: a string or a dialogue, or a list of either.
+            pooling: `"mean"` or `"max"` of all tokens, `<bos>` included, or `"last"`, the state of the last token.
+            batch_size: int, texts that are embedded at once.
+            max_length: int, most tokens of a text.
+            normalize: bool. Divides each vector by its length.
+
+        Returns:
+            Float32 NumPy array `[N, D]`; for a single text `[D]`.
+
+        Raises:
+            ValueError: for an unknown pooling, a text that is too long, and without a preprocessor.
+        """
+        return scoring.embed(self, texts, pooling, batch_size, max_length, normalize)
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False, pack=False):
         if pack:
