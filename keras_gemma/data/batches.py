@@ -12,6 +12,8 @@ import sys
 import keras
 import numpy as np
 
+from keras_gemma.data import text_checks
+
 DEFAULT_BATCH_SIZE = 32
 # Grain's repeated data sets have a length of this order, or a part of it once they are batched.
 ENDLESS = 2**40
@@ -21,9 +23,10 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
     """Applies `preprocess(x, y, sample_weight)` to every batch of `x`.
 
     Args:
-        x: examples as a list, an array, or a dict of these; or batches as a `keras.utils.PyDataset`, a
-            `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator. Batches `(x, y)` or
-            `(x, y, sample_weight)` whose `x` has `token_ids` are preprocessed already and pass as they are.
+        x: examples as a list, an array or a column of a table, or a dict or a table of these; or batches as a
+            `keras.utils.PyDataset`, a `tf.data.Dataset`, a Grain data set, a torch `DataLoader`, or an iterator.
+            Batches `(x, y)` or `(x, y, sample_weight)` whose `x` has `token_ids` are preprocessed already and pass as
+            they are.
         y, sample_weight: as `x`, for examples only.
         batch_size: int, for examples only. 32 if `None`.
         preprocess: callable from one batch to `(x, y, sample_weight)`.
@@ -33,7 +36,8 @@ def preprocessed(x, y, sample_weight, batch_size, preprocess, shuffle=False):
         Batches in a form that `keras.Model.fit` takes.
 
     Raises:
-        ValueError: for a lone example, lengths that differ, and labels or a batch size beside batches.
+        ValueError: for a lone example, lengths that differ, texts that no tokenizer reads (with the number of the
+            example), and labels or a batch size beside batches.
     """
     if not yields_batches(x):
         return ExampleBatches(x, y, sample_weight, batch_size or DEFAULT_BATCH_SIZE, preprocess, shuffle)
@@ -144,6 +148,7 @@ def split_off_validation(x, y, sample_weight, share):
             "`validation_split` cuts lists and arrays of examples; pass `validation_data` beside a data set. "
             f"Received: {type(x).__name__}"
         )
+    x, y, sample_weight = (indexable(part) for part in (x, y, sample_weight))
     count = count_examples(x)
     cut = math.floor(count * (1 - share))
     if not 0 < cut < count:
@@ -160,12 +165,14 @@ class ExampleBatches(keras.utils.PyDataset):
 
     def __init__(self, x, y, sample_weight, batch_size, preprocess, shuffle):
         super().__init__()
+        x, y, sample_weight = (indexable(part) for part in (x, y, sample_weight))
         counts = {count_examples(part) for part in (x, y, sample_weight) if part is not None}
         if len(counts) != 1:
             raise ValueError(f"`x`, `y` and `sample_weight` need as many examples each. Received: {sorted(counts)}")
         self._parts = (x, y, sample_weight)
         if counts == {0}:
             raise ValueError("At least one example is needed. Received none.")
+        text_checks.refuse_bad_texts(x)
         self.example_count = counts.pop()
         self.batch_size = batch_size
         self._preprocess = preprocess
@@ -186,7 +193,11 @@ class ExampleBatches(keras.utils.PyDataset):
     def batch(self, pass_number, index):
         """The batch at `index` of a pass, whatever was asked for before."""
         rows = self.orders[pass_number][index * self.batch_size : (index + 1) * self.batch_size]
-        return self._preprocess(*(take(part, rows) for part in self._parts))
+        try:
+            return self._preprocess(*(take(part, rows) for part in self._parts))
+        except text_checks.ExampleError as error:
+            # Its number in the batch says little.
+            raise text_checks.ExampleError(int(rows[error.number]), error.problem) from error
 
 
 class Orders:
@@ -255,38 +266,50 @@ class GrainBatches(keras.utils.PyDataset):
         return _preprocess_batch(self._preprocess, self._dataset[index])
 
 
+def indexable(part):
+    """`x`, `y` or `sample_weight` with its tables as dicts of columns, each of which is indexed by place."""
+    if text_checks.is_fields(part):
+        # A field that is None is as good as missing, and tf.data carries no None.
+        columns = text_checks.fields(part).items()
+        return {name: indexable(values) for name, values in columns if values is not None}
+    return text_checks.column(part)
+
+
 def count_examples(part):
-    """Number of examples in a list, an array, or a dict of them."""
-    if isinstance(part, dict):
-        counts = {name: count_examples(value) for name, value in part.items() if value is not None}
+    """Number of examples in a list, an array or a column, or in fields of them: a dict or a table."""
+    if text_checks.is_fields(part):
+        columns = text_checks.fields(part).items()
+        counts = {name: _count_listed(value) for name, value in columns if value is not None}
         if len(set(counts.values())) != 1:
             raise ValueError(f"Every field needs as many examples. Received: {counts}")
         return next(iter(counts.values()))
-    if isinstance(part, (str, bytes)) or not _has_length(part):
-        raise ValueError(
-            f"A list or array of examples is expected; wrap a single example in a list. Received: {part!r}"
-        )
     if isinstance(part, tuple):
         raise ValueError("A tuple could be examples or parts of them; pass a list of examples, or a dict of fields.")
-    if isinstance(part, list) and part and isinstance(part[0], dict) and "role" in part[0]:
+    return _count_listed(part)
+
+
+def _count_listed(part):
+    if text_checks.is_fields(part):
+        return count_examples(part)
+    if not text_checks.is_list(part):
+        raise ValueError(
+            "A list or array of examples is expected; wrap a single example in a list. "
+            f"Received: {text_checks.shown(part)}"
+        )
+    if isinstance(part, collections.abc.Sequence) and len(part) and text_checks.is_message(part[0]):
         raise ValueError("A list of dialogues is expected. Received a single dialogue: wrap it in a list.")
     return len(part)
 
 
 def take(part, rows):
-    """The examples at `rows`, in the structure of `part`."""
+    """The examples at `rows`, in the structure of `part`, which is `indexable`."""
     if part is None:
         return None
     if isinstance(part, dict):
-        # A field that is None is as good as missing, and tf.data carries no None.
         return {name: take(value, rows) for name, value in part.items() if value is not None}
-    if isinstance(part, list):
-        return [part[row] for row in rows]
+    if isinstance(part, collections.abc.Sequence):
+        return [part[int(row)] for row in rows]
     return np.asarray(part)[np.asarray(rows)]
-
-
-def _has_length(part):
-    return hasattr(part, "__len__") and getattr(part, "shape", None) != ()
 
 
 def _refuse_beside_batches(x, **beside):

@@ -10,6 +10,8 @@ import sys
 import numpy as np
 
 from keras_gemma.data import packing
+from keras_gemma.data import sources
+from keras_gemma.data import text_checks
 from keras_gemma.data.extras import required
 from keras_gemma.data.sources import array_record_files
 from keras_gemma.data.sources import records_of
@@ -72,18 +74,28 @@ def tokens_of(example, preprocessor, sequence_length):
     if isinstance(example, dict) and set(example) == set(packing.EXAMPLE_FIELDS):
         packing.refuse_longer_than(sequence_length, np.array([len(example["token_ids"])]))
         return example
-    if _is_batch(example):
-        raise ValueError(
-            "Single examples are expected, not batches: leave `.batch(...)` out, `batch_size` then counts rows. "
-            f"Received: {str(example)[:200]}"
-        )
-    return preprocessor.unpadded([_readable(example)], sequence_length=sequence_length)[0]
+    try:
+        return preprocessor.unpadded([_readable(text_checks.plain(example))], sequence_length=sequence_length)[0]
+    except ValueError as error:
+        origin = sources.origin_of(example)
+        problem = error.problem if isinstance(error, text_checks.ExampleError) else str(error)
+        raise ValueError(f"{origin}: {problem}" if origin else problem) from error
 
 
 def _readable(example):
+    if _is_batch(example):
+        raise ValueError(
+            "Single examples are expected, not batches: leave `.batch(...)` out, `batch_size` then counts rows. "
+            f"Received: {text_checks.shown(example)}"
+        )
     if not isinstance(example, dict):
         return example
-    readable = [fields for fields in READABLE_FIELDS if fields <= set(example)]
+    # Tables have a null where a row goes without a field of others.
+    present = {name for name, value in example.items() if not text_checks.is_missing(value)}
+    for names in (present, set(example)):
+        readable = [fields for fields in READABLE_FIELDS if fields <= names]
+        if readable:
+            break
     if len(readable) != 1:
         raise ValueError(
             "An example has either 'text', or 'prompts' and 'responses', or 'messages'; the `fields` of a source "
@@ -96,9 +108,7 @@ def _readable(example):
 def _is_batch(example):
     if isinstance(example, dict):
         return any(_is_batch(example[name]) for name in ("text", "prompts", "responses") if name in example)
-    if isinstance(example, (list, tuple)):
-        return not (len(example) and isinstance(example[0], dict) and "role" in example[0])
-    return np.ndim(example) > 0
+    return isinstance(example, list) and not (example and text_checks.is_message(example[0]))
 
 
 def tokenize_ahead(examples, preprocessor, path, sequence_length=None):

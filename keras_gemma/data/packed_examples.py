@@ -47,6 +47,7 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
 
 
 def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle):
+    x, sample_weight = batches.indexable(x), batches.indexable(sample_weight)
     count = batches.count_examples(x)
     if count == 0:
         raise ValueError("At least one example is needed. Received none.")
@@ -55,8 +56,7 @@ def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle):
             "`x` and `sample_weight` need as many examples each. "
             f"Received: {[count, batches.count_examples(sample_weight)]}"
         )
-    # What `take` gives has lost fields that are None, as batches have.
-    examples = preprocessor.unpadded(batches.take(x, range(count)), sample_weight)
+    examples = preprocessor.unpadded(x, sample_weight)
     row_length = preprocessor.sequence_length
     rows = _rows_of(examples, row_length, shuffle)
     return batches.ExampleBatches(

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 
+import jax
 import numpy as np
 
 from keras_gemma.data.extras import required
@@ -16,6 +17,7 @@ from keras_gemma.staging import staged
 SCAN_BYTES = 1 << 26
 ROW_GROUPS_IN_MEMORY = 8
 NEWLINE = ord("\n")
+WHITE_SPACE = tuple(b" \t\r\v\f")
 
 
 def from_array_record(paths, fields=None, decode=json.loads):
@@ -41,7 +43,7 @@ def from_array_record(paths, fields=None, decode=json.loads):
 
 
 def from_jsonl(paths, fields=None):
-    """Examples of files with one JSON object a line, in UTF-8. Blank lines are skipped.
+    """Examples of files with one JSON object a line, in UTF-8. Lines that are empty or white space alone are skipped.
 
     Opening scans the files for their line ends and keeps 8 bytes for each line.
 
@@ -176,11 +178,58 @@ class Decoded:
         return len(self._file)
 
     def __getitem__(self, index):
-        record = self._file[index]
         try:
-            return self._decode(record)
-        except (ValueError, KeyError, TypeError) as error:
+            example = self._decode(self._file[index])
+        # A damaged file is an error of many kinds, by the library that reads it.
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             raise ValueError(f"{self._file.place(index)}: {error}") from error
+        return Example(example, Origin(self._file, index)) if isinstance(example, dict) else example
+
+
+class Example(dict):
+    """The fields of one example, which knows the file and row that it comes from.
+
+    Copies, batches and other processes have the fields alone.
+    """
+
+    __slots__ = ("origin",)
+
+    def __init__(self, fields, origin):
+        super().__init__(fields)
+        self.origin = origin
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+# Grain builds batches of pytrees, and JAX knows a dict by its very type.
+jax.tree_util.register_pytree_with_keys(
+    Example,
+    lambda example: ([(jax.tree_util.DictKey(name), example[name]) for name in sorted(example)], sorted(example)),
+    lambda names, values: dict(zip(names, values)),
+)
+
+
+class Origin:
+    """Where an example comes from, as text when it is asked for: in a long file, a line's number has to be counted."""
+
+    def __init__(self, file, index):
+        self._file = file
+        self._index = index
+
+    def __str__(self):
+        return self._file.place(self._index)
+
+
+def origin_of(example):
+    """The `Origin` of an example of a file, or `None`."""
+    return getattr(example, "origin", None) if isinstance(example, Example) else None
+
+
+def with_origin(fields, example):
+    """`fields` as an example from where `example` comes from."""
+    origin = origin_of(example)
+    return fields if origin is None else Example(fields, origin)
 
 
 def _decoder(decode, fields):
@@ -294,9 +343,11 @@ def _lines(path):
     ]
     ends = np.concatenate([*ends, [len(contents)]])
     starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts
+    blank = ends == starts
+    # No JSON object begins with white space for long; the few lines that do are looked at whole.
     first = contents[np.minimum(starts, len(contents) - 1)]
-    blank = (lengths == 0) | ((lengths == 1) & (first == ord("\r")))
+    for line in np.flatnonzero(~blank & np.isin(first, WHITE_SPACE)):
+        blank[line] = not contents[starts[line] : ends[line]].tobytes().strip()
     return starts[~blank], ends[~blank]
 
 

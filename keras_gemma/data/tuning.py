@@ -13,6 +13,8 @@ import numpy as np
 import tqdm
 
 from keras_gemma.data import batches
+from keras_gemma.data import sources
+from keras_gemma.data import text_checks
 from keras_gemma.data.batches import count_examples
 
 FIELDS = ({"prompts", "responses"}, {"messages"})
@@ -28,11 +30,13 @@ class Dropped:
         total: int, examples of the source.
         by_reason: dict from a reason to the numbers of the examples, counted from 0.
         first: dict from a reason to the beginning of the first of them.
+        places: dict from a reason to the file and row of the first of them, where it comes from a file.
     """
 
     total: int = 0
     by_reason: dict = field(default_factory=dict)
     first: dict = field(default_factory=dict)
+    places: dict = field(default_factory=dict)
 
     @property
     def count(self):
@@ -42,7 +46,10 @@ class Dropped:
     def add(self, number, reason, example):
         """Notes the example `number` under `reason`."""
         self.by_reason.setdefault(reason, []).append(number)
-        self.first.setdefault(reason, json.dumps(example, ensure_ascii=False, default=str)[:SHOWN_CHARACTERS])
+        if reason not in self.first:
+            self.first[reason] = _beginning(example)
+            if origin := sources.origin_of(example):
+                self.places[reason] = str(origin)
 
     def to_json(self):
         """All of it as a dict that `json` writes."""
@@ -57,8 +64,18 @@ class Dropped:
     def __str__(self):
         lines = [f"{self.total - self.count:,} of {self.total:,} examples kept"]
         for reason, numbers in sorted(self.by_reason.items(), key=lambda pair: -len(pair[1])):
-            lines.append(f"  {len(numbers):,} dropped: {reason} (number {numbers[0]}: {self.first[reason]})")
+            place = f", {self.places[reason]}" if reason in self.places else ""
+            lines.append(f"  {len(numbers):,} dropped: {reason} (number {numbers[0]}{place}: {self.first[reason]})")
         return "\n".join(lines)
+
+
+def _beginning(example):
+    try:
+        written = json.dumps(example, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):
+        # Nested too deep or in a circle, or with keys that JSON lacks.
+        return text_checks.shown(example, SHOWN_CHARACTERS)
+    return written[:SHOWN_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def tuning_examples(source, preprocessor, filters=(), progress=None):
@@ -154,11 +171,16 @@ def _kept(source, read, progress):
 
 
 def _listed(source):
-    if isinstance(source, dict):
-        count = count_examples(source)
-        return [{name: values[i] for name, values in source.items()} for i in range(count)]
+    if text_checks.is_fields(source):
+        columns = batches.indexable(source)
+        return ({name: values[i] for name, values in columns.items()} for i in range(count_examples(columns)))
     if batches.is_grain_dataset(source) and hasattr(source, "__len__") and len(source) >= batches.ENDLESS:
         raise ValueError("Tuning reads all examples once. Received a data set without end.")
+    if isinstance(source, (str, bytes)) or not hasattr(source, "__iter__"):
+        raise ValueError(
+            "A source is fields of lists, a list or an iterable of examples, or a Grain data set. "
+            f"Received: {text_checks.shown(source)}"
+        )
     return source
 
 
@@ -169,41 +191,71 @@ def _with_progress(examples, progress):
 
 def _read_tuning(example):
     """A reason to drop an example for its form, and the example in the form that `fit` takes."""
-    if isinstance(example, (list, tuple)):
+    example = text_checks.plain(example)
+    if isinstance(example, list):
         example = {"messages": example}
     if not isinstance(example, dict):
         return "neither prompt and response nor a dialogue", None
-    fields = next((fields for fields in FIELDS if fields <= set(example)), None)
+    # Tables have a null where a row goes without a field of others.
+    present = {name for name, value in example.items() if not text_checks.is_missing(value)}
+    fields = next((fields for names in (present, set(example)) for fields in FIELDS if fields <= names), None)
     if fields is None:
         return "missing fields: 'prompts' and 'responses', or 'messages'", None
     if "messages" in fields:
-        return None, example["messages"]
-    texts = {name: example[name] for name in ("prompts", "responses")}
-    return _not_text(texts), texts
+        return _read_dialogue(example["messages"])
+    return _read_texts({name: example[name] for name in ("prompts", "responses")})
 
 
 def _read_pair(example):
     """As `_read_tuning`, of a pair of answers."""
+    example = text_checks.plain(example)
     if not isinstance(example, dict) or not set(PAIR_FIELDS) <= set(example):
         return f"missing fields: {', '.join(map(repr, PAIR_FIELDS))}", None
     pair = {name: example[name] for name in (*PAIR_FIELDS, "margins") if name in example}
-    prompt = pair["prompts"]
-    is_dialogue = isinstance(prompt, (list, tuple))
-    texts = {name: pair[name] for name in PAIR_FIELDS if not (is_dialogue and name == "prompts")}
-    if reason := _not_text(texts):
+    is_dialogue = isinstance(pair["prompts"], list)
+    reason, texts = _read_texts({name: pair[name] for name in PAIR_FIELDS if not (is_dialogue and name == "prompts")})
+    if is_dialogue and not reason:
+        reason, texts["prompts"] = _read_dialogue(pair["prompts"])
+    if reason:
         return reason, None
-    if not np.isfinite(pair.get("margins", 0.0)):
+    margin = pair.get("margins", 0.0)
+    if not isinstance(margin, (int, float)) or not np.isfinite(margin):
         return "margins that are not finite", None
-    return ("equal answers" if pair["chosen"].strip() == pair["rejected"].strip() else None), pair
+    if texts["chosen"].strip() == texts["rejected"].strip():
+        return "equal answers", None
+    return None, {**pair, **texts}
 
 
-def _not_text(texts):
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            return f"{name} that are no strings"
-        if not text.strip():
-            return f"empty {name.removesuffix('s')}"
-    return None
+def _read_texts(values):
+    """A reason to drop an example for one of its texts, and its texts, by their names, as strings."""
+    texts = {}
+    for name, value in values.items():
+        try:
+            texts[name] = text_checks.text(value)
+        except text_checks.TextError as error:
+            return _no_text(name, error), None
+        if not texts[name].strip():
+            return f"empty {name.removesuffix('s')}{' (white space alone)' if texts[name] else ''}", None
+    return None, texts
+
+
+def _no_text(name, error):
+    is_string = error.reason in (text_checks.NOT_UTF_8, text_checks.LONE_SURROGATE)
+    return f"{name} that are no {'text' if is_string else 'strings'} ({error.reason})"
+
+
+def _read_dialogue(messages):
+    """A reason to drop a dialogue for a text in it, and the dialogue with its texts as strings."""
+    if not isinstance(messages, list):
+        return None, messages
+    read = []
+    for message in messages:
+        try:
+            has_content = isinstance(message, dict) and "content" in message
+            read.append({**message, "content": text_checks.text(message["content"])} if has_content else message)
+        except text_checks.TextError as error:
+            return _no_text("contents of messages", error), None
+    return None, read
 
 
 def _refused(example, preprocessor, filters):

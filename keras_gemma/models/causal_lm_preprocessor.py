@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 
 from keras_gemma import checkpoints
+from keras_gemma.data import text_checks
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
 from keras_gemma.models.chat_format import merge_system_message
@@ -99,6 +100,11 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def build(self, input_shape):
         self.built = True
 
+    def __call__(self, *args, **kwargs):
+        # Keras would end in a RecursionError.
+        text_checks.refuse_deep((args, kwargs))
+        return super().__call__(*args, **kwargs)
+
     def call(self, x, y=None, sample_weight=None, sequence_length=None):
         if y is not None:
             raise ValueError("Labels are the next tokens of `x`, so `y` must be None. Received labels.")
@@ -120,7 +126,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
 
     def _training_rows(self, examples, length):
-        rows = [self.row(example) for example in examples]
+        rows = text_checks.each(self.row, examples)
         if any(any(row.learned) and not any(row.learned[: length + 1]) for row in rows):
             warnings.warn(
                 f"The prompts of some examples fill the `sequence_length` of {length} tokens and leave no room for "
@@ -145,7 +151,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         length = sequence_length or self.sequence_length
         examples, batched = examples_of(x)
         if not batched:
-            raise ValueError(f"A batch of examples is expected; wrap a single one in a list. Received: {x!r}")
+            raise ValueError(
+                f"A batch of examples is expected; wrap a single one in a list. Received: {text_checks.shown(x)}"
+            )
         rows = self._training_rows(examples, length)
         if sample_weight is None:
             sample_weight = np.ones(len(rows))
@@ -215,6 +223,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return start + self._encode(text, allow)
 
     def _encode(self, text, allow_special_tokens):
+        text = text_checks.text(text)
         if not allow_special_tokens:
             self._tell_of_spelled(self.tokenizer.special_token_in(text))
         return self.tokenizer.encode(text, allow_special_tokens=allow_special_tokens)
@@ -354,44 +363,40 @@ def examples_of(x):
 
     Args:
         x: a string, a dialogue (list of messages), a dict of `prompts` and `responses` or of `messages`, or a
-            batch of any of these as a list, a NumPy array or a dict of lists.
+            batch of any of these as a list, an array or a column of a table, or a dict or a table of these. See
+            `keras_gemma.data.text_checks` for what is a text, a list and a table.
 
     Returns:
         A list of examples, each a string, a dict of strings or a list of messages; and whether `x` was a batch.
 
     Raises:
         ValueError: for fields of different lengths, unknown fields and anything else.
+        ExampleError: for what is no example among several, with its number.
     """
+    x = text_checks.plain(x)
     if isinstance(x, dict):
         return _examples_of_fields(x)
-    if isinstance(x, (str, bytes)):
-        return [_text(x)], False
-    if not isinstance(x, (list, tuple)):
-        x = _as_numpy(x)
-        if np.ndim(x) == 0:
-            return [_text(x)], False
-        x = x.tolist()
+    if not isinstance(x, list):
+        return [text_checks.text(x)], False
     if not x:
         raise ValueError("A batch needs at least one example. Received an empty one.")
-    if _is_message(x[0]):
-        return [list(x)], False
-    return [_example(element) for element in x], True
+    if text_checks.is_message(x[0]):
+        return [x], False
+    return text_checks.each(_example, x), True
 
 
 def _example(element):
-    if isinstance(element, (str, bytes)):
-        return _text(element)
-    if isinstance(element, (list, tuple)) and element and _is_message(element[0]):
-        return list(element)
+    if isinstance(element, list) and element and text_checks.is_message(element[0]):
+        return element
     if isinstance(element, dict):
         examples, batched = _examples_of_fields(element)
         if not batched:
             return examples[0]
-    if hasattr(element, "ndim") and element.ndim == 0:
-        return _text(_as_numpy(element))
+    elif not isinstance(element, list):
+        return text_checks.text(element)
     raise ValueError(
         "An example is a string, {'prompts': ..., 'responses': ...}, or a list of {'role', 'content'} messages. "
-        f"Received: {element!r}"
+        f"Received: {text_checks.shown(element)}"
     )
 
 
@@ -411,23 +416,8 @@ def _examples_of_fields(fields):
     return [dict(zip(columns, row)) for row in rows], columns["prompts"][1]
 
 
-def _is_message(element):
-    return isinstance(element, dict) and "role" in element
-
-
 def _as_numpy(x):
-    # NumPy would cut a closing NUL off a lone string, so that stays as it is.
-    x = x.numpy() if hasattr(x, "numpy") else x
-    return x if isinstance(x, (str, bytes)) else np.asarray(x)
-
-
-def _text(value):
-    value = value.item() if isinstance(value, np.ndarray) else value
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if not isinstance(value, str):
-        raise ValueError(f"Text is expected. Received: {value!r}")
-    return value
+    return np.asarray(x.numpy() if hasattr(x, "numpy") else x)
 
 
 def _call_python_from_tf_graph(function, arguments, dtypes, shape):

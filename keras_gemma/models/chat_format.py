@@ -8,7 +8,10 @@
 Turns alternate, the user begins, and no other role speaks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from keras_gemma.data import text_checks
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -56,10 +59,10 @@ def dialogue_pieces(messages, add_generation_prompt=False):
     >>> "".join(piece.text for piece in pieces)
     '<start_of_turn>user\\nHello<end_of_turn>\\n<start_of_turn>model\\n'
     """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"A dialogue is a list of at least one message. Received: {messages!r}")
+    if not text_checks.is_list(messages) or not len(messages):
+        raise ValueError(f"A dialogue is a list of at least one message. Received: {text_checks.shown(messages)}")
     pieces = []
-    for turn, message in enumerate(messages):
+    for turn, message in enumerate(text_checks.as_list(messages)):
         role, content = _checked_message(message, turn)
         learned = role == "model"
         pieces.append(Piece(f"{START_OF_TURN}{role}\n"))
@@ -117,24 +120,25 @@ def _opens_with_system(messages):
 
 
 def _checked_message(message, turn):
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ValueError(f"A message is a dict with 'role' and 'content'. Received for message {turn}: {message!r}")
-    role, content = message["role"], message["content"]
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(
+            f"A message is a dict with 'role' and 'content'. Received for message {turn}: {text_checks.shown(message)}"
+        )
+    role, content = text_checks.scalar(message["role"]), message["content"]
     if role == "system":
         raise ValueError(
             "Gemma 1 has no system role. Put the instructions in front of the first user message, which "
             f"`merge_system_messages=True` of the preprocessor does. Received for message {turn}: {role!r}"
         )
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(
             f"Gemma's dialogues know the roles {', '.join(map(repr, ROLES))} and no other. "
-            f"Received for message {turn}: {role!r}"
+            f"Received for message {turn}: {text_checks.shown(role)}"
         )
     expected = "user" if turn % 2 == 0 else "model"
     if ROLES[role] != expected:
         raise ValueError(
             f"Turns alternate and the user begins: message {turn} must be by {expected!r}. Received: {role!r}"
         )
-    if not isinstance(content, str):
-        raise ValueError(f"The content of a message is a string. Received for message {turn}: {content!r}")
+    content = text_checks.text(content, f"The content of message {turn}")
     return ROLES[role], content.strip()

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 
+from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.causal_lm_preprocessor import examples_of
@@ -44,8 +45,8 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         if y is not None:
             raise ValueError("Which answer is better is in `x`, so `y` must be None. Received labels.")
         prompts, chosen, rejected, margins = self._columns(x)
-        rows = [self.scored_row(*pair) for pair in zip(prompts, chosen)]
-        others = [self.scored_row(*pair) for pair in zip(prompts, rejected)]
+        rows = text_checks.each(lambda pair: self.scored_row(*pair), zip(prompts, chosen))
+        others = text_checks.each(lambda pair: self.scored_row(*pair), zip(prompts, rejected))
         self.refuse_longer_rows(rows + others)
         both = [row for pair in zip(rows, others) for row in pair]
         shape = len(prompts), 2, self.sequence_length
@@ -54,8 +55,9 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": mask}, margins, weights.astype("float32")
 
     def _columns(self, x):
+        x = text_checks.fields(x) if text_checks.is_fields(x) else x
         if not isinstance(x, dict) or not set(PAIR_FIELDS) <= set(x) <= {*PAIR_FIELDS, "margins"}:
-            received = ", ".join(map(repr, x)) if isinstance(x, dict) else repr(x)[:200]
+            received = ", ".join(map(repr, x)) if isinstance(x, dict) else text_checks.shown(x)
             raise ValueError(
                 "Pairs have the fields 'prompts', 'chosen' and 'rejected', and may have 'margins'. "
                 f"Received: {received}"
@@ -72,7 +74,9 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
     def _texts_of(self, values, name):
         examples, batched = examples_of(values)
         if not batched:
-            raise ValueError(f"Lists of {name} are expected; wrap a single one in a list. Received: {values!r}")
+            raise ValueError(
+                f"Lists of {name} are expected; wrap a single one in a list. Received: {text_checks.shown(values)}"
+            )
         return examples
 
     def scored_row(self, prompt, answer):
@@ -85,10 +89,9 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         Raises:
             ValueError: for a dialogue that Gemma's format refuses, and an answer that is no string.
         """
-        if not isinstance(answer, str):
-            raise ValueError(f"An answer is a string. Received: {answer!r}")
-        if isinstance(prompt, str):
-            return self.row({"prompts": prompt, "responses": answer}).ids
+        answer, prompt = text_checks.text(answer, "An answer"), text_checks.plain(prompt)
+        if not isinstance(prompt, list):
+            return self.row({"prompts": text_checks.text(prompt, "A prompt"), "responses": answer}).ids
         row = self.row([*prompt, {"role": "model", "content": answer}])
         # The line break after the turn is nobody's.
         return row.ids[: len(row.ids) - row.learned[::-1].index(True)]

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_gemma import data
+from keras_gemma.data import text_checks
 from keras_gemma.models.causal_lm_preprocessor import check_room
 from keras_gemma.models.causal_lm_preprocessor import examples_of
 from keras_gemma.models.stop_strings import StopStrings
@@ -42,11 +43,13 @@ def prompts_of_text(preprocessor, inputs, allow_special_tokens=None):
     if preprocessor is None:
         raise ValueError(
             "A model without a preprocessor generates from {'token_ids': ..., 'padding_mask': ...}. "
-            f"Received: {inputs!r}"
+            f"Received: {text_checks.shown(inputs)}"
         )
     examples, batched = examples_of(inputs)
     asked = {} if allow_special_tokens is None else {"allow_special_tokens": allow_special_tokens}
-    return [preprocessor.prompt_ids(example, **asked) for example in examples], batched
+    if not batched:
+        return [preprocessor.prompt_ids(examples[0], **asked)], False
+    return text_checks.each(lambda example: preprocessor.prompt_ids(example, **asked), examples), True
 
 
 def prompts_of_tokens(inputs):

@@ -3,6 +3,7 @@ import keras_hub
 import numpy as np
 
 from keras_gemma import checkpoints
+from keras_gemma.data import text_checks
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import END_OF_TURN
 from keras_gemma.models.chat_format import START_OF_TURN
@@ -36,7 +37,8 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     `tf.data`), or with `sequence_length` a dense int32 array `[B, sequence_length]`.
 
     Raises:
-        ValueError: for a vocabulary that lacks a special token, naming it.
+        ValueError: for a vocabulary that lacks a special token, naming it; when called, for what is no text (see
+            `encode`), with its number.
     """
 
     backbone_cls = GemmaBackbone
@@ -55,6 +57,17 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def _set_proto_tf(self, proto):
         """Nothing: `_tokenize_tf` and `_detokenize_tf` use the Python tokenizer."""
+
+    def __call__(self, *args, **kwargs):
+        # Keras would end in a RecursionError.
+        text_checks.refuse_deep((args, kwargs))
+        return super().__call__(*args, **kwargs)
+
+    def _tokenize_spm(self, inputs):
+        texts = text_checks.plain(inputs)
+        if isinstance(texts, list):
+            return super()._tokenize_spm(text_checks.each(text_checks.text, texts))
+        return super()._tokenize_spm(text_checks.text(texts))
 
     def _tokenize_tf(self, inputs):
         import tensorflow as tf
@@ -132,6 +145,9 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 `<mask>`, into their ids. `False` keeps them as text: the ids are those of ordinary pieces that spell
                 the same. `<bos>`, `<eos>` and `<pad>` are text in both cases.
 
+        Raises:
+            ValueError: for what is no text, bytes that are not UTF-8, and lone surrogates.
+
         Example:
 
         >>> from keras_gemma.models import GemmaTokenizer
@@ -142,6 +158,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         >>> tokenizer.end_of_turn_id in ids, tokenizer.detokenize(ids)
         (False, '<end_of_turn>')
         """
+        text = text_checks.text(text)
         self._check_vocabulary()
         self._maybe_initialized_spm()
         parts = [text] if allow_special_tokens else self._special_tokens.cut(text)

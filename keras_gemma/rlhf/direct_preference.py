@@ -6,6 +6,7 @@ pairs ─→ rows ─→ log-probabilities of policy and reference ─→ loss �
 import numpy as np
 
 from keras_gemma import kernels
+from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rows
@@ -87,10 +88,16 @@ class DPOTrainer:
 
     def _rows_of(self, number, pair):
         """Token ids of the prompt and of both answers."""
+        pair = text_checks.plain(pair)
         if not isinstance(pair, dict) or not set(PAIR_FIELDS) <= set(pair):
-            raise ValueError(f"A pair has {', '.join(map(repr, PAIR_FIELDS))}. Received: {pair!r}, number {number}")
+            raise ValueError(
+                f"A pair has {', '.join(map(repr, PAIR_FIELDS))}. Received: {text_checks.shown(pair)}, number {number}"
+            )
         prompt, *answers = (pair[name] for name in PAIR_FIELDS)
-        examples = [self._example(prompt, answer) for answer in answers]
+        try:
+            examples = [self._example(prompt, answer) for answer in answers]
+        except ValueError as error:
+            raise ValueError(f"{error} (number {number})") from error
         longest = max(len(ids) + len(answer) for ids, answer in examples)
         if longest > self.policy.preprocessor.sequence_length:
             raise ValueError(
@@ -102,8 +109,8 @@ class DPOTrainer:
 
     def _example(self, prompt, answer):
         preprocessor = self.policy.preprocessor
-        if isinstance(prompt, str):
-            row = preprocessor.row({"prompts": prompt, "responses": answer})
+        if not isinstance(prompt, list):
+            row = preprocessor.row({"prompts": text_checks.text(prompt, "A prompt"), "responses": answer})
         else:
             row = preprocessor.row([*prompt, {"role": "model", "content": answer}])
         # Only the last answer: what the model said before is the same in both.

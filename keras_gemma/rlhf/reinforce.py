@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from keras_gemma import generation
+from keras_gemma.data import text_checks
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rewards as rewarding
 from keras_gemma.rlhf import rollouts as rolling
@@ -165,7 +166,8 @@ class ReinforceTrainer:
             DamagedCheckpointError, ForeignCheckpointError, CheckpointNotSavedError: about checkpoints.
             NonFiniteLossError: at a loss or a weight that is NaN or infinite.
         """
-        self._prompts, self._rows, self._batch_size = prompts, self._checked(prompts, batch_size), batch_size
+        self._rows, self._batch_size = self._checked(prompts, batch_size), batch_size
+        self._prompts = prompts = _plain_prompts(prompts)
         steps = steps or len(prompts) // batch_size
         data = {"prompts": self._rows, "batch_size": batch_size}
         return Loop(self, data, steps, epochs, callbacks, verbose, checkpoints, save_every_steps).run()
@@ -190,18 +192,22 @@ class ReinforceTrainer:
         Raises:
             ValueError: for what is no list, no prompts, empty ones, and those that leave no room.
         """
-        if not isinstance(prompts, (list, tuple)) or not prompts:
-            received = "none" if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+        if not text_checks.is_list(prompts) or not len(prompts):
+            received = "none" if text_checks.is_list(prompts) else type(prompts).__name__
             raise ValueError(f"Prompts are a list of strings or dialogues, one at least. Received: {received}")
         readers = [self.reward, *raters] if self._has_reward_model else raters
         rows = [self.policy.preprocessor.sequence_length, *map(rewarding.longest_row, readers)]
         longest = min(rows) - self.max_new_tokens
-        return [self._row(number, prompt, longest) for number, prompt in enumerate(prompts)]
+        return [self._row(number, prompt, longest) for number, prompt in enumerate(text_checks.plain(prompts))]
 
     def _row(self, number, prompt, longest):
-        if not prompt or not isinstance(prompt, (str, list)) or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(f"A prompt says something. Received: {prompt!r}, number {number}")
-        row = self.policy.preprocessor.prompt_ids(prompt)
+        try:
+            prompt = prompt if isinstance(prompt, list) else text_checks.text(prompt, "A prompt")
+            if isinstance(prompt, str) and not prompt.strip():
+                raise ValueError(f"A prompt says something. Received: {text_checks.shown(prompt)}")
+            row = self.policy.preprocessor.prompt_ids(prompt)
+        except ValueError as error:
+            raise ValueError(f"{error} (number {number})") from error
         if len(row) > longest:
             raise ValueError(
                 f"A prompt leaves room for `max_new_tokens={self.max_new_tokens}` in the `sequence_length` of policy, "
@@ -378,6 +384,10 @@ class ReinforceTrainer:
         losses = objectives.clipped_losses(logps, sampled, advantages, mask, self.clip)
         metrics = objectives.importance_ratios(logps, sampled, mask, self.clip)
         return (weights * losses).sum(), {name: (weights * values).sum() for name, values in metrics.items()}, of_rows
+
+
+def _plain_prompts(prompts):
+    return [prompt.decode() if isinstance(prompt, bytes) else prompt for prompt in text_checks.plain(prompts)]
 
 
 def rloo_trainer(policy, reward, group_size=4, **kwargs):
