@@ -26,6 +26,8 @@ from keras_gemma.kernels.products import einsum_float32
 from keras_gemma.kernels.products import in_row_chunks
 from keras_gemma.kernels.products import prefers_packed_weights
 from keras_gemma.kernels.products import project
+from keras_gemma.kernels.quantized_head import int8_logits
+from keras_gemma.kernels.quantized_head import logits_of_groups
 from keras_gemma.kernels.rotation import rotate
 from keras_gemma.kernels.selection import draw
 from keras_gemma.kernels.selection import first_argmax
@@ -57,8 +59,10 @@ __all__ = [
     "for_any_batch",
     "geglu",
     "in_row_chunks",
+    "int8_logits",
     "into_stream",
     "logits_loss",
+    "logits_of_groups",
     "look_up",
     "named",
     "out_of_stream",

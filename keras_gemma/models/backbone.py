@@ -6,6 +6,7 @@ from keras import ops
 from keras_gemma import checkpoints
 from keras_gemma import distribution
 from keras_gemma import kernels
+from keras_gemma.models import lora
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 from keras_gemma.models.packed_inputs import PACKED_INPUTS
 from keras_gemma.models.packed_inputs import is_packed
@@ -232,6 +233,67 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
+
+    # === Adapters ===
+
+    def enable_lora(self, rank, target_layer_names=None, lora_alpha=None):
+        """Freezes all weights and trains LoRA adapters (Hu et al., arXiv 2106.09685) in their place.
+
+        Call `compile` afterwards: an optimizer keeps its state for the weights that it was made for.
+
+        Args:
+            rank: int, at least 1.
+            target_layer_names: optional list of some of `"query"`, `"key"`, `"value"`, `"attention_output"`,
+                `"ffw_gating"`, `"ffw_gating_2"`, `"ffw_linear"` and `"token_embedding"`. By default query and value,
+                as in keras-hub.
+            lora_alpha: optional float. What adapters add is scaled by `lora_alpha / rank`. By default the rank.
+
+        Raises:
+            ValueError: for a rank below 1, names that no layer has, a backbone that has adapters, and for weights in
+                float8, GPTQ or AWQ; nothing is changed then.
+
+        Example:
+
+        >>> from keras_gemma.models import GemmaBackbone
+        >>> backbone = GemmaBackbone(
+        ...     vocabulary_size=64, num_layers=2, num_query_heads=4, num_key_value_heads=1,
+        ...     hidden_dim=16, intermediate_dim=64, head_dim=8,
+        ... )
+        >>> backbone.enable_lora(rank=4, target_layer_names=["query", "value", "ffw_linear"], lora_alpha=8)
+        >>> len(backbone.trainable_weights)
+        12
+        >>> backbone.merge_lora()
+        >>> len(backbone.trainable_weights)
+        20
+        """
+        names = self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        lora.refuse_adapters(self, rank, names)
+        lora.enable(self, rank, names, lora_alpha)
+
+    def default_lora_layer_names(self):
+        """Names of the layers that `enable_lora` gives adapters to unless told."""
+        return ["query", "value"]
+
+    def disable_lora(self):
+        """Takes the adapters away: weights are as before `enable_lora`, and those that can train do so again.
+
+        Raises:
+            ValueError: for a backbone without adapters.
+        """
+        lora.refuse_without_adapters(self)
+        lora.disable(self)
+
+    def merge_lora(self):
+        """Adds to the weights what the adapters add, and takes these away. Weights that can train do so again.
+
+        Sums of int8 and int4 weights are quantised anew, as in a preset that is saved with adapters: each then has
+        another scale, and the outputs change by the rounding.
+
+        Raises:
+            ValueError: for a backbone without adapters.
+        """
+        lora.refuse_without_adapters(self)
+        lora.merge(self)
 
     @staticmethod
     def get_layout_map(

@@ -26,6 +26,9 @@ from keras_gemma.training import step
 from keras_gemma.training.objective import is_of_token_sums
 from keras_gemma.training.optimizers import warn_of_accumulation_by_batches
 from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
+from keras_gemma.training.trained_weights import made_for_another_structure
+from keras_gemma.training.trained_weights import refuse_other_weights_than_compiled
+from keras_gemma.training.trained_weights import refuse_what_does_not_train
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -264,6 +267,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             ValueError: where processes hand over different batches that should be the same, or shares that do not
                 fit together.
         """
+        refuse_what_does_not_train(self)
         warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
@@ -304,7 +308,15 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     test_on_batch = in_whole_steps(keras_hub.models.CausalLM.test_on_batch)
     predict_on_batch = in_whole_steps(keras_hub.models.CausalLM.predict_on_batch)
 
+    def make_train_function(self, force=False):
+        refuse_other_weights_than_compiled(self)
+        super().make_train_function(force or made_for_another_structure(self, "train_function"))
+
+    def make_test_function(self, force=False):
+        super().make_test_function(force or made_for_another_structure(self, "test_function"))
+
     def make_predict_function(self, force=False):
+        force = made_for_another_structure(self, "predict_function") or force
         if self.predict_function is None or force:
             super().make_predict_function(force)
             if keras.backend.backend() == "jax":

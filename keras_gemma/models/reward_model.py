@@ -16,6 +16,10 @@ from keras_gemma.training import bradley_terry_losses
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
 from keras_gemma.training import step
+from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
+from keras_gemma.training.trained_weights import made_for_another_structure
+from keras_gemma.training.trained_weights import refuse_other_weights_than_compiled
+from keras_gemma.training.trained_weights import refuse_what_does_not_train
 
 SMALLEST_ROW = 32
 
@@ -195,6 +199,8 @@ class GemmaRewardModel(keras_hub.models.Task):
         Raises:
             ValueError: for pairs that do not fit into a row, and as `GemmaCausalLM.fit`.
         """
+        refuse_what_does_not_train(self)
+        warn_of_weights_that_cannot_move(self)
         x = _as_columns(x)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
@@ -283,7 +289,15 @@ class GemmaRewardModel(keras_hub.models.Task):
     test_on_batch = in_whole_steps(keras_hub.models.Task.test_on_batch)
     predict_on_batch = in_whole_steps(keras_hub.models.Task.predict_on_batch)
 
+    def make_train_function(self, force=False):
+        refuse_other_weights_than_compiled(self)
+        super().make_train_function(force or made_for_another_structure(self, "train_function"))
+
+    def make_test_function(self, force=False):
+        super().make_test_function(force or made_for_another_structure(self, "test_function"))
+
     def make_predict_function(self, force=False):
+        force = made_for_another_structure(self, "predict_function") or force
         if self.predict_function is None or force:
             super().make_predict_function(force)
             if keras.backend.backend() == "jax":

@@ -117,7 +117,7 @@ class PolicyUpdate:
 
     def _stepped(self, trained, optimizer, frozen, batch):
         loss, gradients, metrics, of_rows = self.gradients(trained, frozen, batch)
-        logs = {"loss": loss, "gradient_norm": global_norm(gradients), **metrics}
+        logs = {"loss": loss, "gradient_norm": global_norm(gradients, self.policy.trainable_variables), **metrics}
         trained, optimizer = self.policy.optimizer.stateless_apply(optimizer, gradients, trained)
         return trained, optimizer, logs, of_rows
 
@@ -202,5 +202,6 @@ def _refuse_policy(policy):
             "With dropout, what is learned from is not what sampled. "
             f"Received: a policy with dropout={policy.backbone.dropout}"
         )
-    if policy.backbone.token_embedding.quantization_mode is not None:
-        raise ValueError("A policy trains in floating point. Received: a quantised one")
+    layers = policy.backbone._flatten_layers(include_self=False)
+    if quantized := sorted({layer.quantization_mode for layer in layers if layer.quantization_mode is not None}):
+        raise ValueError(f"A policy trains in floating point. Received: one quantised to {', '.join(quantized)}")

@@ -100,10 +100,35 @@ def _without_token_count(logs):
     return {name: value for name, value in logs.items() if name != "tokens"}
 
 
-def global_norm(gradients):
-    """Root of the sum of all squares, float32."""
-    squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
+def global_norm(gradients, variables):
+    """Root of the sum of all squares, float32, without what is no gradient."""
+    pairs = zip(gradients, variables)
+    squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g, v in pairs if not takes_new_value(v)]
     return ops.sqrt(sum(squares)) if squares else ops.zeros((), "float32")
+
+
+def takes_new_value(variable):
+    """Whether what comes as a variable's gradient is its next value, as with the scales of float8."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
+def _added(total, gradients, variables):
+    """Sums of gradients; of next values, none of which is negative, the largest (as in Keras' optimizers)."""
+    if total is None:
+        return gradients
+    return [
+        ops.maximum(old, new) if takes_new_value(variable) else old + new
+        for old, new, variable in zip(total, gradients, variables)
+    ]
+
+
+def _without_absent(gradients, variables):
+    """Gradients with zeros for a weight that does not bear upon the loss, as JAX has it."""
+
+    def absent(variable):
+        return variable.value if takes_new_value(variable) else ops.zeros(variable.shape, variable.dtype)
+
+    return [absent(variable) if g is None else g for g, variable in zip(gradients, variables)]
 
 
 # === JAX ===
@@ -137,7 +162,7 @@ def _train_on_jax(model, state, data, microbatches):
         def add_microbatch(carry, microbatch):
             summed, non_trainable, metrics_variables = carry
             gradients, non_trainable, metrics_variables, logs = run(non_trainable, metrics_variables, microbatch)
-            summed = [total + gradient for total, gradient in zip(summed, gradients)]
+            summed = _added(summed, gradients, model.trainable_variables)
             return (summed, non_trainable, metrics_variables), logs
 
         start = [ops.zeros_like(v) for v in trainable], non_trainable, metrics_variables
@@ -146,7 +171,8 @@ def _train_on_jax(model, state, data, microbatches):
         )
         logs = keras.tree.map_structure(lambda value: value[-1], logs)
 
-    logs["gradient_norm"] = _unscaled(model.optimizer, global_norm(gradients), optimizer_variables)
+    norm = global_norm(gradients, model.trainable_variables)
+    logs["gradient_norm"] = _unscaled(model.optimizer, norm, optimizer_variables)
     trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
     return logs, (trainable, non_trainable, optimizer_variables, metrics_variables)
 
@@ -198,16 +224,16 @@ def _train_on_tensorflow(model, data, microbatches):
 
     batch = _unpacked(data)
     total_weight = _weight_or_one(batch)
-    summed = None
+    weights, summed = model.trainable_weights[:], None
     for microbatch, share in _listed(batch, microbatches, total_weight):
         with tf.GradientTape() as tape:
             loss, outcome = model.outcome_of(microbatch, total_weight, share, training=True)
             scaled = model.optimizer.scale_loss(loss)
-        gradients = [tf.convert_to_tensor(g) for g in tape.gradient(scaled, model.trainable_weights)]
-        summed = gradients if summed is None else [total + new for total, new in zip(summed, gradients)]
+        gradients = [g if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)]
+        summed = _added(summed, _without_absent(gradients, weights), weights)
         logs = model.logs_with(loss, outcome, microbatch, total_weight)
-    logs["gradient_norm"] = global_norm(summed) / model.optimizer.scale_loss(1.0)
-    model.optimizer.apply_gradients(zip(summed, model.trainable_weights))
+    logs["gradient_norm"] = global_norm(summed, weights) / model.optimizer.scale_loss(1.0)
+    model.optimizer.apply_gradients(zip(summed, weights))
     return logs
 
 
@@ -216,18 +242,31 @@ def _train_on_torch(model, data, microbatches):
 
     batch = _unpacked(data)
     total_weight = _weight_or_one(batch)
+    weights = model.trainable_weights[:]
+    replaced = [weight for weight in weights if takes_new_value(weight)]
+    largest = None
     model.zero_grad()
     for microbatch, share in _listed(batch, microbatches, total_weight):
         loss, outcome = model.outcome_of(microbatch, total_weight, share, training=True)
-        # torch adds to the gradients that are there.
+        # torch adds to the gradients that are there, which is right for all but those.
         model.optimizer.scale_loss(loss).backward()
         logs = model.logs_with(loss, outcome, microbatch, total_weight)
-    weights = model.trainable_weights[:]
-    gradients = [weight.value.grad for weight in weights]
+        largest = _added(largest, _without_absent(_taken(replaced), replaced), replaced)
     with torch.no_grad():
-        logs["gradient_norm"] = global_norm(gradients) / model.optimizer.scale_loss(1.0)
+        for weight, value in zip(replaced, largest):
+            weight.value.grad = value
+        gradients = _without_absent([weight.value.grad for weight in weights], weights)
+        logs["gradient_norm"] = global_norm(gradients, weights) / model.optimizer.scale_loss(1.0)
         model.optimizer.apply(gradients, weights)
     return logs
+
+
+def _taken(weights):
+    """The gradients that torch has for some weights, and has no more afterwards."""
+    gradients = [weight.value.grad for weight in weights]
+    for weight in weights:
+        weight.value.grad = None
+    return gradients
 
 
 def _listed(batch, microbatches, total_weight):
