@@ -22,17 +22,21 @@ __all__ = [
     "__version__",
 ]
 
+# Keras takes seconds to import, and `keras-gemma --help` needs none of it: these are imported when they are first used.
+_PACKAGES = {"checkpoints", "data", "distribution", "generation", "models", "planning", "rlhf", "training"}
+_CLASSES = {*__all__} - {"__version__"}
+
 startup.default_to_jax()
 
 
 def __getattr__(name):
-    # Keras takes seconds to import, and `keras-gemma --help` needs none of it.
-    if name not in {*__all__, "models"}:
+    if name not in _PACKAGES | _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     startup.import_keras_hub_quietly()
-    models = importlib.import_module("keras_gemma.models")
-    return models if name == "models" else getattr(models, name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(f"{__name__}.models"), name)
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, "models"})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -24,12 +24,42 @@ def default_to_jax():
     """Makes JAX the backend of Keras unless the user chose one.
 
     A choice is the environment variable `KERAS_BACKEND`, or another backend than TensorFlow in Keras' configuration
-    file (which names TensorFlow when nobody touched it). Without effect once Keras has been imported.
+    file (which names TensorFlow when nobody touched it). Once Keras runs it is too late, which is warned of.
     """
-    if "keras" in sys.modules or "KERAS_BACKEND" in os.environ:
+    if "KERAS_BACKEND" in os.environ or _configured_backend() != WRITTEN_BY_KERAS:
         return
-    if _configured_backend() == WRITTEN_BY_KERAS:
+    if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "jax"
+    elif _running_backend() == WRITTEN_BY_KERAS:
+        warnings.warn(
+            "keras was imported before keras_gemma and runs on TensorFlow, although no backend was chosen. To run on "
+            "JAX, set KERAS_BACKEND=jax before Python starts, or import keras_gemma before keras. To stay on "
+            "TensorFlow without this warning, set KERAS_BACKEND=tensorflow.",
+            stacklevel=3,  # the line that imports keras_gemma
+        )
+
+
+def _running_backend():
+    config = getattr(sys.modules["keras"], "config", None)
+    return config.backend() if config else None
+
+
+def require_jax(what):
+    """Refuses to go on where another backend runs.
+
+    Args:
+        what: string, the public name that a user called.
+
+    Raises:
+        ValueError: on TensorFlow and PyTorch.
+    """
+    import keras
+
+    if keras.config.backend() != "jax":
+        raise ValueError(
+            f"{what} needs JAX: set KERAS_BACKEND=jax before Python starts, or import keras_gemma before keras. "
+            f"Received: the backend {keras.config.backend()}"
+        )
 
 
 def _configured_backend():

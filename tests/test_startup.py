@@ -1,8 +1,10 @@
+import importlib
 import json
 import os
 import subprocess
 import sys
 
+import keras
 import pytest
 
 import keras_gemma
@@ -40,9 +42,28 @@ class TestBackend:
         (tmp_path / "keras.json").write_text("{")
         assert run(BACKEND, tmp_path).stdout == "jax\n"
 
-    def test_keras_that_runs_already_is_left_alone(self, tmp_path):
-        code = "import keras, os, keras_gemma; print(os.environ.get('KERAS_BACKEND'))"
-        assert run(code, tmp_path).stdout == "None\n"
+    def test_keras_that_took_tensorflow_first_is_left_alone_and_warned_of_once(self, tmp_path):
+        code = (
+            "import keras, os, warnings\n"
+            "with warnings.catch_warnings(record=True) as caught:\n"
+            "    import keras_gemma\n"
+            "    keras_gemma.models\n"
+            "(warned,) = [one for one in caught if 'keras_gemma' in str(one.message)]\n"
+            "assert 'KERAS_BACKEND=jax' in str(warned.message)\n"
+            "assert 'import keras_gemma before keras' in str(warned.message)\n"
+            "print(os.environ.get('KERAS_BACKEND'), warned.filename)\n"
+            "try:\n"
+            "    keras_gemma.rlhf.DPOTrainer(None)\n"
+            "except ValueError as error:\n"
+            "    print(error)"
+        )
+        shown = run(code, tmp_path).stdout.splitlines()
+        assert shown[0] == "None <string>", "the warning points at the line that imports keras_gemma"
+        assert shown[1].startswith("DPOTrainer needs JAX: set KERAS_BACKEND=jax")
+
+    @pytest.mark.filterwarnings("error")
+    def test_keras_that_was_told_its_backend_is_not_warned_of(self):
+        keras_gemma.startup.default_to_jax()
 
 
 class TestQuiet:
@@ -75,11 +96,33 @@ class TestPublicNames:
         assert getattr(keras_gemma, name)
         assert name in dir(keras_gemma)
 
+    def test_packages_are_attributes_that_are_imported_when_they_are_used(self):
+        for name in ["checkpoints", "data", "distribution", "generation", "models", "planning", "rlhf", "training"]:
+            assert name in dir(keras_gemma)
+            assert keras_gemma.__getattr__(name) is importlib.import_module(f"keras_gemma.{name}")
+
     def test_an_unknown_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="no attribute 'Gemini'"):
             keras_gemma.Gemini  # noqa: B018
 
 
-def test_the_classes_are_found_under_models_as_in_keras_hub(tmp_path):
-    code = "import keras_gemma; print(keras_gemma.models.GemmaCausalLM is keras_gemma.GemmaCausalLM)"
-    assert run(code, tmp_path).stdout == "True\n"
+def test_the_classes_are_found_under_models_as_in_keras_hub():
+    assert keras_gemma.models.GemmaCausalLM is keras_gemma.GemmaCausalLM
+
+
+@pytest.mark.multi_backend
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="it works on JAX")
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("ReinforceTrainer", lambda: keras_gemma.rlhf.ReinforceTrainer(None, len)),
+        ("ReinforceTrainer", lambda: keras_gemma.rlhf.rloo_trainer(None, len)),
+        ("plan", lambda: keras_gemma.planning.plan()),
+        ("planning.search", lambda: keras_gemma.planning.search("gemma_2b_en", "gemma_2b_v5e_16")),
+        ("local_data", lambda: keras_gemma.distribution.local_data()),
+        ("distribution.initialize", lambda: keras_gemma.distribution.initialize()),
+    ],
+)
+def test_what_needs_jax_says_so_by_name(name, call):
+    with pytest.raises(ValueError, match=f"^{name} needs JAX: set KERAS_BACKEND=jax .* Received: the backend"):
+        call()

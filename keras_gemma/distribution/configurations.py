@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from keras_gemma import startup
 from keras_gemma.distribution import layouts
 from keras_gemma.distribution import meshes
 from keras_gemma.distribution.pods import MESH_AXES
@@ -51,9 +52,10 @@ class Configuration:
             A `PodParallel`.
 
         Raises:
-            ValueError: for no devices or another number of them, devices in another number of pods, a context that does
-                not divide the data axis, or a model axis that does not divide the devices of a pod.
+            ValueError: on another backend than JAX, for no devices or another number of them, devices in another number
+                of pods, a context that does not divide the data axis, or a model axis that does not divide a pod.
         """
+        startup.require_jax(self.name)
         devices = _jax_devices(devices)
         if math.prod(self.shape(len(devices))) != len(devices):
             raise ValueError(self._wrong_number(len(devices)))

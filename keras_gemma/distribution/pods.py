@@ -4,6 +4,7 @@ import math
 
 import keras
 
+from keras_gemma import startup
 from keras_gemma.distribution import layouts
 
 REPLICA = "replica"
@@ -33,8 +34,8 @@ class PodParallel(keras.distribution.ModelParallel):
         auto_shard_dataset: bool, as of `keras.distribution.ModelParallel`.
 
     Raises:
-        ValueError: for a mesh with other axes. And when a variable is made: for a weight of two or more axes that no
-            row matches, and an axis that the mesh does not divide.
+        ValueError: on another backend than JAX, and for a mesh with other axes. And when a variable is made: for a
+            weight of two or more axes that no row matches, and an axis that the mesh does not divide.
 
     Example:
 
@@ -46,6 +47,7 @@ class PodParallel(keras.distribution.ModelParallel):
     """
 
     def __init__(self, device_mesh, layout_map=None, auto_shard_dataset=True):
+        startup.require_jax("PodParallel")
         if tuple(device_mesh.axis_names) not in (MESH_AXES, MESH_AXES_WITH_CONTEXT):
             raise ValueError(
                 f"The axes of the mesh are {MESH_AXES} or {MESH_AXES_WITH_CONTEXT}. "

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras.src.utils import rng_utils
 
+from keras_gemma import startup
 from keras_gemma.distribution.layouts import size_of
 
 SECONDS_TO_MEET = 300
@@ -47,8 +48,7 @@ def initialize(
         ValueError: for some of the first three without the others, and on other backends than JAX.
         RuntimeError: where JAX has looked for its devices already, or the others do not come in time.
     """
-    if keras.backend.backend() != "jax":
-        raise ValueError(f"Several processes work on JAX. Received: the backend {keras.backend.backend()}")
+    startup.require_jax("distribution.initialize")
     import jax
 
     where = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}

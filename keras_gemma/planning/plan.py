@@ -6,6 +6,7 @@ import json
 import keras
 
 from keras_gemma import distribution as distributions
+from keras_gemma import startup
 from keras_gemma.planning import abstract
 from keras_gemma.planning import compiling
 from keras_gemma.planning import phases
@@ -187,6 +188,7 @@ def plan(
         ValueError: for an unknown configuration or phase, a configuration for any devices without `devices`, a batch
             that cannot be cut, and `accumulate` or `lora_rank` below 1 or for another phase than training.
     """
+    startup.require_jax("plan")
     configuration = distributions.configuration(config)
     phase = phase or phases_of(config)[-1]
     if phase not in phases.PHASES:

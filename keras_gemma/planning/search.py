@@ -7,6 +7,7 @@ import itertools
 from typing import NamedTuple
 
 from keras_gemma import distribution as distributions
+from keras_gemma import startup
 from keras_gemma.planning import abstract
 from keras_gemma.planning import topology
 from keras_gemma.planning.estimates import PASSES
@@ -53,6 +54,7 @@ def search(preset, config, sequence_length=8192, batch_size=None, most=4, tell=l
         ImportError, ValueError: as `plan`; and for a configuration for serving, and a batch that no mesh of these
             chips can cut.
     """
+    startup.require_jax("planning.search")
     configuration = distributions.configuration(config)
     if configuration.use == distributions.SERVING:
         raise ValueError(f"A search is for the fastest way to train. Received: {config!r}, which is for serving")

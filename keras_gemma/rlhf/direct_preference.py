@@ -6,6 +6,7 @@ pairs ─→ rows ─→ log-probabilities of policy and reference ─→ loss �
 import numpy as np
 
 from keras_gemma import kernels
+from keras_gemma import startup
 from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.rlhf import objectives
@@ -48,6 +49,7 @@ class DPOTrainer:
     """
 
     def __init__(self, policy, *, beta=0.1, microbatch_size=4, seed=0):
+        startup.require_jax("DPOTrainer")
         if beta <= 0 or microbatch_size < 1:
             raise ValueError(
                 f"`beta` is above 0 and `microbatch_size` at least 1. Received: {beta} and {microbatch_size}"

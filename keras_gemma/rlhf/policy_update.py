@@ -191,8 +191,6 @@ def _assign(variables, values):
 
 
 def _refuse_policy(policy):
-    if keras.backend.backend() != "jax":
-        raise ValueError(f"Policies are trained on JAX. Received: the backend {keras.backend.backend()}")
     if policy.preprocessor is None or policy.optimizer is None:
         raise ValueError(
             "A policy has a preprocessor and an optimizer. Received one without: give it one, `compile` it"

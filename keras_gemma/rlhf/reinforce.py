@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from keras_gemma import generation
+from keras_gemma import startup
 from keras_gemma.data import text_checks
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rewards as rewarding
@@ -93,6 +94,7 @@ class ReinforceTrainer:
         clip=None,
         seed=0,
     ):
+        startup.require_jax("ReinforceTrainer")
         _refuse_settings(group_size, baseline, max_new_tokens, temperature, microbatch_size, updates, clip)
         if not (hasattr(reward, "score_tokens") or callable(reward)):
             raise ValueError(f"A reward is a `GemmaRewardModel` or a callable. Received: {reward!r}")

@@ -14,6 +14,7 @@ import keras
 
 from keras_gemma import data
 from keras_gemma import distribution
+from keras_gemma import startup
 from keras_gemma.training import run_state
 from keras_gemma.training.checkpoint_folder import CheckpointFolder
 from keras_gemma.training.errors import ForeignCheckpointError
@@ -55,8 +56,7 @@ class ExactResume(keras.callbacks.Callback):
 
     def __init__(self, directory, save_every_steps=None, save_every_seconds=None, keep=2, asynchronous=True):
         super().__init__()
-        if keras.backend.backend() != "jax":
-            raise ValueError(f"An exact resume works on JAX. Received: the backend {keras.backend.backend()}")
+        startup.require_jax("ExactResume")
         given = {"save_every_steps": save_every_steps, "save_every_seconds": save_every_seconds, "keep": keep}
         for name, value in given.items():
             if value is not None and not value > 0:

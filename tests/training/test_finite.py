@@ -77,7 +77,7 @@ def test_an_exact_resume_is_refused_off_jax(tmp_path):
     if keras.backend.backend() == "jax":
         pytest.skip("It works here.")
     pytest.importorskip("orbax.checkpoint")
-    with pytest.raises(ValueError, match="works on JAX"):
+    with pytest.raises(ValueError, match="ExactResume needs JAX"):
         training.ExactResume(tmp_path, 1)
 
 
