@@ -60,13 +60,13 @@ def test_a_model_is_tuned(preset, pairs, tmp_path, capsys):
     output = tmp_path / "tuned"
     command = [
         pairs, "--prompts", "q", "--responses", "a", "--preset", preset, "--output", output, "--validation-share", 0.25,
-        "--epochs", 4, "--learning-rate", 3e-2, "--filter", "mistaken_identity",
+        "--epochs", 4, "--learning-rate", 3e-2, "--filter", "mistaken_identity", "--logging-steps", 1,
     ]  # fmt: skip
     assert sft(*command) == 0
     printed = capsys.readouterr().out
     assert "24 of 26 examples kept" in printed and "empty response" in printed and "missing fields" in printed
     names = {path.name for path in output.iterdir()}
-    assert names == {"checkpoints", "curve.png", "dropped.json", "history.json", "preset"}
+    assert names == {"checkpoints", "curve.png", "dropped.json", "history.json", "preset", "settings.json"}
     assert json.loads((output / "dropped.json").read_text())["training"]["dropped"]["empty response"] == {
         "count": 1,
         "examples": [24],
@@ -80,8 +80,49 @@ def test_a_model_is_tuned(preset, pairs, tmp_path, capsys):
     result = model.evaluate(held_out, batch_size=8, pack=True, verbose=0, return_dict=True)
     np.testing.assert_allclose(result["perplexity"], best, rtol=1e-3)
 
+    # Three answers and the way to more; nothing that is not a number.
+    assert printed.count("sample: ") == 3 and f"keras-gemma chat --preset {output / 'preset'}" in printed
+    assert "step 3/" in printed and "nan" not in printed.lower()
+
     assert sft(*command) == 0
     assert json.loads((output / "history.json").read_text()) == history
+    # Other settings, or other data under the same name, are another run.
+    capsys.readouterr()
+    assert sft(*command, "--seed", 1) == 1
+    assert "seed was 0, is now 1" in capsys.readouterr().err
+    with open(pairs, "a") as file:
+        file.write(json.dumps({"q": "One more:", "a": " pair"}) + "\n")
+    assert sft(*command) == 1
+    assert "contents was" in capsys.readouterr().err
+    assert json.loads((output / "history.json").read_text()) == history
+    assert sft(*command, "--overwrite") == 0
+    assert "25 of 27 examples kept" in capsys.readouterr().out
+    assert json.loads((output / "history.json").read_text()) != history
+
+
+def test_steps_schedule_and_adapters_are_as_asked(preset, pairs, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    status = sft(
+        pairs, "--prompts", "q", "--responses", "a", "--preset", preset, "--output", output, "--batch-size", 2,
+        "--steps", 5, "--warmup-steps", 2, "--decay", "linear", "--learning-rate", 1e-2, "--eval-steps", 2,
+        "--logging-steps", 1, "--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "query", "ffw_linear",
+        "--recompute", "block",
+    )  # fmt: skip
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("step ")] == [
+        f"step {step}/5" for step in range(1, 6)
+    ]
+    assert "tokens/s" in printed
+    history = json.loads((output / "history.json").read_text())
+    assert len(history["val_loss"]) == 3
+    # Of steps 1, 3 and 4, counted from 0: the last of each stretch.
+    np.testing.assert_allclose(history["learning_rate"], [5e-3, 1e-2 * 2 / 3, 1e-2 / 3], rtol=1e-5)
+    adapted = GemmaCausalLM.from_preset(preset)
+    adapted.backbone.load_lora_weights(str(output / "adapters.lora.h5"))
+    layers = {layer.name: layer for layer in adapted.backbone.transformer_layers[0]._flatten_layers()}
+    adapters = {name: layer.lora_alpha for name, layer in layers.items() if getattr(layer, "lora_enabled", False)}
+    assert adapters == {"query": 4, "ffw_linear": 4}
 
 
 def test_a_split_of_tfds(preset, prepared_by_tfds, tmp_path, capsys):
@@ -114,16 +155,26 @@ def test_adapters_and_files_of_other_kinds(preset, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        (["pairs.txt"], "files of .jsonl, .parquet, .array_record, or in tfds:NAME:SPLIT. Received: pairs.txt"),
-        (["none.jsonl"], "No file is or matches 'none.jsonl'"),
-        (["a.jsonl", "--messages", "m", "--prompts", "p"], "Received both"),
-        (["a.jsonl", "--validation", "b.jsonl", "--validation-share", 0.1], "Received both"),
-        (["a.jsonl", "--validation-share", 1.5], "below 1. Received: 1.5"),
+        (["a.jsonl", "--messages", "m", "--prompts", "p"], "not both"),
+        (["a.jsonl", "--validation", "b.jsonl", "--validation-share", 0.1], "not both"),
+        (["a.jsonl", "--validation-share", 1.5], "below 1, received 1.5"),
+        (["a.jsonl", "--epochs", 1, "--steps", 5], "not both"),
+        (["a.jsonl", "--lora-alpha", 2], "need --lora-rank"),
+        (["a.jsonl", "--early-stopping", 2, "--validation-share", 0], "needs validation examples"),
         (["a.jsonl", "--config", "gemma_2b_v5e_17"], "gemma_2b_v5e_16"),
     ],
 )
-def test_what_it_refuses(arguments, part, tmp_path, capsys, preset):
+def test_wrong_usage(arguments, part, tmp_path, capsys):
     output = tmp_path / "tuned"
-    assert sft(*arguments, "--preset", preset, "--output", output) == 1
-    assert part in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        sft(*arguments, "--output", output)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
     assert not output.exists()
+
+
+def test_a_folder_of_unknown_origin_is_left_alone(pairs, tmp_path, capsys):
+    (tmp_path / "tuned" / "preset").mkdir(parents=True)
+    assert sft(pairs, "--output", tmp_path / "tuned") == 1
+    assert "another run" in capsys.readouterr().err

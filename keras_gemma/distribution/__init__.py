@@ -60,9 +60,7 @@ Example:
 ('replica', 'data', 'model')
 """
 
-from keras_gemma.distribution.configurations import ADAPTERS
 from keras_gemma.distribution.configurations import CONFIGURATIONS
-from keras_gemma.distribution.configurations import SERVING
 from keras_gemma.distribution.configurations import Configuration
 from keras_gemma.distribution.configurations import configuration
 from keras_gemma.distribution.filled_up import filled_up
@@ -77,6 +75,8 @@ from keras_gemma.distribution.processes import share_of_data
 from keras_gemma.distribution.whole import whole
 from keras_gemma.distribution.whole import with_whole_outputs
 from keras_gemma.distribution.whole import written_once
+from keras_gemma.mesh_table import ADAPTERS
+from keras_gemma.mesh_table import SERVING
 
 globals().update(CONFIGURATIONS)
 

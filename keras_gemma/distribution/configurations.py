@@ -10,9 +10,9 @@ from keras_gemma.distribution.pods import MESH_AXES
 from keras_gemma.distribution.pods import MESH_AXES_WITH_CONTEXT
 from keras_gemma.distribution.pods import PodParallel
 from keras_gemma.distribution.pods import axes_of_widths
-
-ALL = None
-TRAINING, ADAPTERS, SERVING = "training", "adapters", "serving"
+from keras_gemma.mesh_table import ALL
+from keras_gemma.mesh_table import MESHES
+from keras_gemma.mesh_table import SERVING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,30 +132,4 @@ def _jax_devices(devices):
     return [named[device] if isinstance(device, str) else device for device in devices]
 
 
-# In the order of the table in the package's docstring.
-CONFIGURATIONS = {
-    name: Configuration(name, *settings)
-    for name, settings in {
-        # name                   use       topology     replica data model
-        "gemma_2b_v5e_8":        (TRAINING, "v5e:2x4",    1,    8,   1),
-        "gemma_2b_v5e_16":       (TRAINING, "v5e:4x4",    1,   16,   1),
-        "gemma_2b_v5e_256":      (TRAINING, "v5e:16x16",  1,  256,   1),
-        "gemma_2b_v5e_512":      (TRAINING, "v5e:16x16",  2,  256,   1),
-        "gemma_7b_v5e_8":        (ADAPTERS, "v5e:2x4",    1,    8,   1),
-        "gemma_7b_v5e_16":       (TRAINING, "v5e:4x4",    1,   16,   1),
-        "gemma_7b_v5e_256":      (TRAINING, "v5e:16x16",  1,   16,  16),
-        "gemma_7b_v5e_4096":     (TRAINING, "v5e:16x16", 16,   16,  16),
-        "gemma_2b_v5p_8":        (TRAINING, "v5p:2x2x1",  1,    4,   1),
-        "gemma_7b_v5p_32":       (TRAINING, "v5p:2x2x4",  1,   16,   1),
-        "gemma_7b_v5p_128":      (TRAINING, "v5p:4x4x4",  1,   16,   4),
-        "gemma_2b_v6e_8":        (TRAINING, "v6e:2x4",    1,    8,   1),
-        "gemma_7b_v6e_16":       (TRAINING, "v6e:4x4",    1,   16,   1),
-        "gemma_7b_v6e_256":      (TRAINING, "v6e:16x16",  1,   16,  16),
-        "gemma_2b_v5e_8_serving": (SERVING, "v5e:2x4",    1,    2,   4),
-        "gemma_7b_v5e_4_serving": (SERVING, "v5e:2x2",    1,    1,   4),
-        "gemma_7b_v5e_8_serving": (SERVING, "v5e:2x4",    1,    1,   8),
-        "gemma_7b_v6e_8_serving": (SERVING, "v6e:2x4",    1,    2,   4),
-        "local_data":            (TRAINING, None,         1,  ALL,   1),
-        "local_model":           (SERVING,  None,         1,    1, ALL),
-    }.items()
-}  # fmt: skip
+CONFIGURATIONS = {name: Configuration(name, *settings) for name, settings in MESHES.items()}

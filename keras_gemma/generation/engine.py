@@ -16,6 +16,7 @@ from keras_gemma.generation import prefill
 from keras_gemma.generation import sampling
 from keras_gemma.generation import scoring
 from keras_gemma.generation.buckets import bucket
+from keras_gemma.generation.cache import empty_cache
 from keras_gemma.generation.cache import update_cache
 from keras_gemma.generation.cache import with_capacity
 from keras_gemma.generation.network import LayerNetwork
@@ -25,6 +26,8 @@ from keras_gemma.generation.programs import Program
 from keras_gemma.generation.sampler_settings import check_settings
 
 SMALLEST_PROMPT = 32
+# Tokens of a prompt that run at once where sizes are fixed.
+PROMPT_CHUNK = 64
 SMALLEST_CAPACITY = 256
 SMALLEST_STOP_LIST = 4
 NO_TOKEN = -1
@@ -76,6 +79,23 @@ class Request:
                 "A repetition penalty and log-probabilities go with samplers that choose token by token. "
                 f"Received: {type(self.sampler).__name__}"
             )
+
+
+@dataclass(frozen=True)
+class FixedSizes:
+    """Sizes that do not depend on a request. See `Engine.fix_sizes`."""
+
+    chunk: int
+    capacity: int
+
+    def hold(self, request):
+        """Whether a request has room."""
+        longest = max(map(len, request.prompts))
+        return self.prompt_columns(longest) + max(request.new_tokens) <= self.capacity
+
+    def prompt_columns(self, length):
+        """Columns of a prompt: whole chunks."""
+        return -(-length // self.chunk) * self.chunk
 
 
 @dataclass
@@ -159,6 +179,25 @@ class Engine:
         self.vocabulary_size = vocabulary_size
         self.programs = {}
         self.memory = Memory()
+        self._fixed = None
+
+    def fix_sizes(self, columns, chunk=PROMPT_CHUNK):
+        """Runs all requests of up to `columns` columns with the same programs, whatever their lengths.
+
+        Prompts pass through the network in chunks, and every cache has all columns from the start. That suits a
+        dialogue, where no message should wait for a compiler. Longer requests and beam search are run as before.
+
+        Args:
+            columns: int, most tokens of a prompt and its continuation together.
+            chunk: int, tokens of a prompt that run at once.
+
+        Raises:
+            ValueError: for sizes below 1.
+        """
+        if columns < 1 or chunk < 1:
+            raise ValueError(f"Sizes are at least 1. Received: columns={columns}, chunk={chunk}")
+        # A prompt is padded to whole chunks.
+        self._fixed = FixedSizes(chunk, columns + chunk)
 
     @property
     def compilations(self):
@@ -207,15 +246,20 @@ class Engine:
         network = network_of(self.backbone, self.memory)
         weights = network.weights()
         copies = request.continuations
-        token_ids, first_column = _right_aligned(request.prompts)
+        fixed = self._fixed if self._fixed and self._fixed.hold(request) else None
+        token_ids, first_column = _right_aligned(request.prompts, fixed.prompt_columns if fixed else None)
         rows, length = len(request.prompts) * copies, token_ids.shape[1]
         # Rows that only fill the batch up have ended before they begin.
         end_column = np.full(len(token_ids) * copies, length, "int32")
         end_column[:rows] += np.repeat(np.asarray(request.new_tokens, "int32"), copies)
         longest = int(end_column.max())
         most_columns = max(longest, request.most_columns or capacity_bucket(longest))
-        capacity = min(_first_capacity(length, longest), most_columns)
-        cache, _ = self._prefill(network, weights, token_ids, first_column, capacity, copies)
+        if fixed:
+            capacity = most_columns = fixed.capacity
+            cache = self._prefill_in_chunks(network, weights, token_ids, first_column, fixed, copies)
+        else:
+            capacity = min(_first_capacity(length, longest), most_columns)
+            cache, _ = self._prefill(network, weights, token_ids, first_column, capacity, copies)
         tokens = np.pad(np.repeat(token_ids, copies, axis=0), ((0, 0), (0, capacity - length)))
         sampler_key, sampler = sampling.key_and_twin(request.sampler)
         return Decoding(
@@ -343,6 +387,22 @@ class Engine:
         hidden = self._program(("hidden", network.key), lambda: prefill.make_hidden(network))
         return cache, hidden(weights["ends"], x, first_column)
 
+    def _prefill_in_chunks(self, network, weights, token_ids, first_column, fixed, copies):
+        """The cache of right-aligned prompts, whose columns are a multiple of the chunk."""
+
+        def run(weights, token_ids, cache, column):
+            return update_cache(network, weights, token_ids, cache, column)[1]
+
+        program = self._program(("chunk", network.key), lambda: run, donated=(2,))
+        token_ids = np.repeat(token_ids, copies, axis=0)
+        cache = empty_cache(self.backbone, len(token_ids), fixed.capacity)
+        cache["layers"] = tuple(tuple(map(kernels.cache_apart, layer)) for layer in cache["layers"])
+        cache["first_column"] = _on_device(np.repeat(first_column, copies))
+        for column in range(0, token_ids.shape[1], fixed.chunk):
+            chunk = _on_device(token_ids[:, column : column + fixed.chunk])
+            cache = program(weights, chunk, cache, _scalar(column))
+        return cache
+
     def _prefill_block(self, network, index, capacity, copies, last):
         make = prefill.make_last_block if last else prefill.make_block
         index = network.representatives[index]
@@ -384,13 +444,13 @@ class Engine:
         return self.programs[key]
 
 
-def _right_aligned(prompts):
+def _right_aligned(prompts, columns=None):
     """Token ids `[B, P]` with both sizes rounded up, and the first column `[B]` of every row.
 
     Rows that only fill the batch up are copies of the first.
     """
     batch = batch_bucket(len(prompts))
-    length = prompt_bucket(max(map(len, prompts)))
+    length = (columns or prompt_bucket)(max(map(len, prompts)))
     prompts = [*prompts, *[prompts[0]] * (batch - len(prompts))]
     token_ids = np.zeros((batch, length), "int32")
     for row, prompt in zip(token_ids, prompts):

@@ -181,7 +181,7 @@ def cached_attention(query, key, value, keys, values, first_column, column):
 
     Args:
         query: float tensor `[B, T, N, H]`, already scaled, of the columns from `column` on.
-        key: float tensor `[B, T, K, H]` of the same columns.
+        key: float tensor `[B, T, K, H]` of the same columns. Those before `first_column` are padding.
         value: float tensor `[B, T, K, H]`.
         keys: float tensor `[B, K, S, H]`, the cache; filled before `column`.
         values: float tensor `[B, K, S, H]`.
@@ -234,7 +234,7 @@ def _before_writing(query, key, value, keys, values, first_column, column):
     old = lax.dot_general(keys, query, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type="float32")
     old = lax.optimization_barrier(old).transpose(0, 1, 3, 2)
     old = _masked(old, ops.broadcast_to(column - 1, query_columns.shape), first_column)
-    new = _masked(einsum_float32("bkqh,bksh->bkqs", query, key), query_columns, ops.zeros_like(first_column))
+    new = _masked(einsum_float32("bkqh,bksh->bkqs", query, key), query_columns, first_column - column)
     largest = ops.maximum(ops.max(old, axis=-1, keepdims=True), ops.max(new, axis=-1, keepdims=True))
     old, new = ops.exp(old - largest), ops.exp(new - largest)
     total = ops.sum(old, axis=-1, keepdims=True) + ops.sum(new, axis=-1, keepdims=True)

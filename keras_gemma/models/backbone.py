@@ -8,6 +8,7 @@ from keras_gemma import distribution
 from keras_gemma import kernels
 from keras_gemma.models import lora
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
+from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import PACKED_INPUTS
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
@@ -216,6 +217,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)
+
+    def __repr__(self):
+        return described(self, self)
 
     def call(self, inputs, training=None, mask=None):
         # `stateless_call`, and so `fit` on JAX, comes here without passing `__call__`.

@@ -13,6 +13,7 @@ from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.backbone import refuse_wrong_export
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
+from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
@@ -23,6 +24,7 @@ from keras_gemma.training import TokenCount
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
 from keras_gemma.training import step
+from keras_gemma.training import with_progress_bar
 from keras_gemma.training.objective import is_of_token_sums
 from keras_gemma.training.optimizers import warn_of_accumulation_by_batches
 from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
@@ -62,6 +64,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)
+
+    def __repr__(self):
+        return described(self, self.backbone)
 
     def call(self, inputs, training=None, mask=None):
         inputs = without_absent(inputs)
@@ -282,6 +287,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
         if validation_data is not None:
             validation_data = distribution.filled_up(validation_data, steps=kwargs.get("validation_steps"))
+        kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
@@ -294,6 +300,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
             x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):

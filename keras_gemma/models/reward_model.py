@@ -8,6 +8,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma.generation.buckets import bucket
 from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
@@ -16,6 +17,7 @@ from keras_gemma.training import bradley_terry_losses
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
 from keras_gemma.training import step
+from keras_gemma.training import with_progress_bar
 from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
 from keras_gemma.training.trained_weights import made_for_another_structure
 from keras_gemma.training.trained_weights import refuse_other_weights_than_compiled
@@ -213,6 +215,7 @@ class GemmaRewardModel(keras_hub.models.Task):
             )
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
+        kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
@@ -225,6 +228,7 @@ class GemmaRewardModel(keras_hub.models.Task):
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(_as_columns(x), y, sample_weight, batch_size), None, None
             x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
@@ -337,6 +341,9 @@ class GemmaRewardModel(keras_hub.models.Task):
 
     def _all_but_the_head(self):
         return [*self.backbone._flatten_layers(), self.optimizer]
+
+    def __repr__(self):
+        return described(self, self.backbone)
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)

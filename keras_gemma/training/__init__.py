@@ -17,6 +17,9 @@ from keras_gemma.training.optimizers import Adafactor
 from keras_gemma.training.optimizers import AdamW
 from keras_gemma.training.optimizers import Lion
 from keras_gemma.training.preference_loss import bradley_terry_losses
+from keras_gemma.training.progress import ProgressBar
+from keras_gemma.training.progress import ProgressLines
+from keras_gemma.training.progress import with_progress_bar
 from keras_gemma.training.resume import ExactResume
 from keras_gemma.training.resume import exact_resume_among
 from keras_gemma.training.schedules import WarmUp
@@ -40,6 +43,8 @@ __all__ = [
     "NextTokenLoss",
     "NonFiniteLossError",
     "Perplexity",
+    "ProgressBar",
+    "ProgressLines",
     "StopOnNonFiniteLoss",
     "TokenAccuracy",
     "TokenCount",
@@ -52,4 +57,5 @@ __all__ = [
     "training_flops_per_token",
     "tune",
     "uninterrupted",
+    "with_progress_bar",
 ]

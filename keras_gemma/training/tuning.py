@@ -9,6 +9,7 @@ from keras_gemma.distribution import whole
 from keras_gemma.training.finite import StopOnNonFiniteLoss
 from keras_gemma.training.monitor import TrainingMonitor
 from keras_gemma.training.optimizers import AdamW
+from keras_gemma.training.progress import StopAtStep
 from keras_gemma.training.resume import ExactResume
 from keras_gemma.training.schedules import WarmUp
 
@@ -58,11 +59,18 @@ def tune(
     *,
     epochs=3,
     batch_size=8,
+    steps=None,
     lora_rank=None,
+    lora_alpha=None,
+    lora_targets=None,
     learning_rate=None,
+    warmup_steps=None,
+    decay="cosine",
     weight_decay=0.0,
     gradient_accumulation_steps=1,
+    evaluation_steps=None,
     patience=None,
+    recompute=None,
     pack=True,
     checkpoints=None,
     callbacks=(),
@@ -70,9 +78,9 @@ def tune(
 ):
     """Tunes a model on prompts and responses, or on dialogues: what `compile` and `fit` are usually given for it.
 
-    What is learned are the responses, their ends included; in dialogues all turns of the model. The rate rises over the
-    first tenth of the steps and falls along half a cosine. With validation data the model ends with the weights of the
-    epoch whose loss on them was the lowest.
+    What is learned are the responses, their ends included; in dialogues all turns of the model. The learning rate rises
+    over the first tenth of the steps and falls along half a cosine, unless told otherwise. With validation data the
+    model ends with the weights whose loss on them was the lowest.
 
     Args:
         model: a `GemmaCausalLM` with a preprocessor.
@@ -80,11 +88,19 @@ def tune(
         validation_data: optional, as `examples`.
         epochs: int, most passes over the examples.
         batch_size: int, rows of a step; packed rows hold several examples.
-        lora_rank: optional int. Trains adapters of this rank and nothing else.
+        steps: optional int, optimizer steps to train for, in place of `epochs`.
+        lora_rank: optional int. Trains LoRA adapters of this rank and nothing else.
+        lora_alpha: optional float. Adapters are scaled by `lora_alpha / lora_rank`; by default the rank.
+        lora_targets: optional list of strings, the layers that get adapters: of `query`, `key`, `value`,
+            `attention_output`, `ffw_gating`, `ffw_gating_2`, `ffw_linear`. `query` and `value` by default.
         learning_rate: optional float, its peak, or a schedule. By default 2e-5, and 2e-4 for adapters.
+        warmup_steps: optional int, steps over which the learning rate rises. By default a tenth of all.
+        decay: `"cosine"`, `"linear"` or `"constant"`, how the learning rate falls afterwards.
         weight_decay: float.
         gradient_accumulation_steps: int, parts of a step that are in memory one at a time.
-        patience: optional int. Ends training when so many epochs brought no lower loss on the validation data.
+        evaluation_steps: optional int, steps between two evaluations on the validation data. By default an epoch's.
+        patience: optional int. Ends training when so many evaluations brought no lower loss on the validation data.
+        recompute: optional, what training keeps for the backward pass, as `GemmaBackbone.recompute`.
         pack: bool. Puts several examples into a row, none of which sees another.
         checkpoints: optional path of a folder. A killed run goes on from there (see `ExactResume`).
         callbacks: further Keras callbacks.
@@ -107,29 +123,46 @@ def tune(
     >>> sorted(history.history)[:2]
     ['gradient_norm', 'learning_rate']
     """
-    if patience is not None and validation_data is None:
-        raise ValueError(f"`patience` waits for the loss on `validation_data`. Received: patience={patience} and none.")
+    for name, value in {"patience": patience, "evaluation_steps": evaluation_steps}.items():
+        if value is not None and validation_data is None:
+            raise ValueError(f"`{name}` is about the loss on `validation_data`. Received: {name}={value} and none.")
+    for name, value in {"steps": steps, "evaluation_steps": evaluation_steps}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is at least 1. Received: {value}")
     _refuse_what_is_not_listed(examples)
+    if lora_rank is None and (lora_alpha is not None or lora_targets is not None):
+        raise ValueError("`lora_alpha` and `lora_targets` are of adapters. Received them without `lora_rank`.")
+    if recompute is not None:
+        model.backbone.recompute = recompute
     if lora_rank is not None:
-        model.backbone.enable_lora(lora_rank)
+        alpha = {} if lora_alpha is None else {"lora_alpha": lora_alpha}
+        model.backbone.enable_lora(lora_rank, target_layer_names=lora_targets, **alpha)
     steps_per_epoch = _steps_per_epoch(model, examples, batch_size, pack)
+    total_steps = epochs * steps_per_epoch if steps is None else steps
     model.compile(
-        AdamW(_rate(model, learning_rate, epochs * steps_per_epoch), weight_decay=weight_decay),
+        AdamW(_rate(model, learning_rate, warmup_steps, decay, total_steps), weight_decay=weight_decay),
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
     own = [TrainingMonitor(), StopOnNonFiniteLoss()]
     if validation_data is not None:
         own.append(KeepBest(patience=patience))
     if checkpoints is not None:
-        own.append(ExactResume(checkpoints, save_every_steps=steps_per_epoch))
+        own.append(ExactResume(checkpoints, save_every_steps=min(steps_per_epoch, evaluation_steps or math.inf)))
+    duration = {"epochs": epochs}
+    if steps is not None or evaluation_steps is not None:
+        # Keras evaluates at the end of an epoch, so an epoch is what lies between two evaluations.
+        stretch = min(evaluation_steps or steps_per_epoch, total_steps)
+        duration = {"epochs": -(-total_steps // stretch), "steps_per_epoch": stretch}
+        if total_steps % stretch:
+            own.append(StopAtStep(total_steps, stretch))
     return model.fit(
         examples,
         validation_data=validation_data,
         batch_size=batch_size,
-        epochs=epochs,
         pack=pack,
         callbacks=[*own, *callbacks],
         verbose=verbose,
+        **duration,
     )
 
 
@@ -147,9 +180,11 @@ def _steps_per_epoch(model, examples, batch_size, pack):
     return len(data.packed(examples, None, None, batch_size, model.preprocessor))
 
 
-def _rate(model, learning_rate, steps):
+def _rate(model, learning_rate, warmup_steps, decay, total_steps):
     if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
         return learning_rate
     has_adapters = any("lora" in variable.path for variable in model.trainable_variables)
     peak = learning_rate or (ADAPTER_RATE if has_adapters else FULL_RATE)
-    return WarmUp(peak, warmup_steps=int(WARMUP_SHARE * steps), total_steps=steps)
+    if warmup_steps is None:
+        warmup_steps = int(WARMUP_SHARE * total_steps)
+    return WarmUp(peak, warmup_steps, None if decay == "constant" else total_steps, decay)

@@ -155,3 +155,20 @@ def test_training_goes_on_as_if_nothing_was_generated():
     assert steps == 3
     np.testing.assert_allclose(history, expected, rtol=1e-6)
     assert outputs[0] != outputs[2]
+
+
+@compiles
+def test_fixed_sizes_compile_once_for_all_lengths_and_change_no_token():
+    lengths = [(9, 3), (70, 40), (130, 1), (64, 60), (1, 100)]
+    prompts = [random_prompts(length)[0] for length, _ in lengths]
+    plain, fixed = Engine(build().backbone), Engine(build().backbone)
+    fixed.fix_sizes(200, chunk=32)
+    after_first = None
+    for prompt, (_, new_tokens) in zip(prompts, lengths):
+        asked = request([prompt], new_tokens)
+        assert fixed.generate(asked)[0] == plain.generate(asked)[0]
+        after_first = after_first or fixed.compilations
+    assert fixed.compilations == after_first
+    # What has no room is run as if nothing were fixed.
+    longer = request([random_prompts(190)[0]], 40)
+    assert fixed.generate(longer)[0] == plain.generate(longer)[0]

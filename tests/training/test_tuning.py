@@ -112,7 +112,7 @@ def test_a_finished_run_returns_what_it_kept(make_model, tmp_path):
 
 def test_what_tune_refuses(make_model):
     model = make_model()
-    with pytest.raises(ValueError, match=r"`patience` waits.*patience=1"):
+    with pytest.raises(ValueError, match=r"`patience` is about.*patience=1"):
         tune(model, PAIRS, patience=1)
     with pytest.raises(ValueError, match=r"list, such as `data.tuning_examples` gives.*generator"):
         tune(model, (pair for pair in PAIRS))
