@@ -185,7 +185,7 @@ def run(args):
         patience=args.patience,
         recompute=args.recompute,
         checkpoints=args.output / "checkpoints",
-        callbacks=[] if in_terminal else [training.ProgressLines(args.logging_steps)],
+        callbacks=[] if in_terminal else [training.ProgressLines(args.logging_steps, args.steps)],
         verbose=1 if in_terminal else 0,
     ).history
     write_file(args.output / "history.json", json.dumps(_finite(history), indent=2))
