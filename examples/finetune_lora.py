@@ -18,13 +18,34 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from tiny.options import Options
+from tiny.options import run
+
 from keras_gemma import startup
+
+
+def parsed_options():
+    parser = Options(__doc__)
+
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines (default: of the standard library)")
+    parser.option("--output", Path("finetuned"), "folder for adapters and merged preset", type=Path)
+    parser.option("--preset", "gemma_tiny_en", "name, folder or handle of the model")
+    parser.option("--rank", 8, "of the adapters")
+    parser.option("--sequence-length", 128, "tokens of a row, which several pairs share")
+    parser.option("--batch-size", 8, "rows of a step")
+    parser.option("--epochs", 3, "passes over the pairs")
+    parser.option("--learning-rate", 7e-3, "after ten steps")
+    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
+    parser.option("--seed", 0, "of adapters and order")
+    return parser.parse_args()
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
 
 startup.leave_out_tensorflow()
 
 import keras
-from tiny.options import Options
-from tiny.options import run
 from tiny.standard_library import names_and_summaries
 
 from keras_gemma import GemmaCausalLM
@@ -88,21 +109,5 @@ def main(options):
     print(f"adapters: {options.output / 'adapters.lora.h5'}, merged preset: {options.output / 'preset'}")
 
 
-def parsed_options():
-    parser = Options(__doc__)
-
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines (default: of the standard library)")
-    parser.option("--output", Path("finetuned"), "folder for adapters and merged preset", type=Path)
-    parser.option("--preset", "gemma_tiny_en", "name, folder or handle of the model")
-    parser.option("--rank", 8, "of the adapters")
-    parser.option("--sequence-length", 128, "tokens of a row, which several pairs share")
-    parser.option("--batch-size", 8, "rows of a step")
-    parser.option("--epochs", 3, "passes over the pairs")
-    parser.option("--learning-rate", 7e-3, "after ten steps")
-    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
-    parser.option("--seed", 0, "of adapters and order")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run(main, parsed_options())
+    run(main, options)

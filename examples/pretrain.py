@@ -21,13 +21,52 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from tiny.options import Options
+from tiny.options import run
+
 from keras_gemma import startup
+
+HEAD_DIM = 32
+# Of the standard library, as long as nothing else is asked for.
+SHARES = {"prose": 3, "code": 1}
+
+
+def parsed_options():
+    parser = Options(__doc__)
+
+    pairs = parser.pairs
+    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: prose and code of the standard library)")
+    pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
+    pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
+    parser.option("--late-after", 2000, "examples until the later shares hold")
+    parser.option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
+    parser.option("--layers", 2, "decoder blocks")
+    parser.option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
+    parser.of_pretraining(
+        sequence_length=256,
+        batch_size=8,
+        accumulate=2,
+        epochs=6,
+        steps_per_epoch=50,
+        save_every=50,
+        learning_rate=5e-3,
+    )
+    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
+    parser.option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
+    options = parser.parse_args()
+    if options.width < HEAD_DIM or options.width % HEAD_DIM:
+        parser.error(f"--width is a multiple of {HEAD_DIM}. Received: {options.width}")
+    if unknown := {name for name, _ in options.weight + options.late_weight} - set(dict(options.text) or SHARES):
+        parser.error(f"--weight and --late-weight are of unknown sources: {', '.join(sorted(unknown))}")
+    return options
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
 
 startup.leave_out_tensorflow()
 
 import keras
-from tiny.options import Options
-from tiny.options import run
 from tiny.standard_library import prose_and_code
 
 from keras_gemma import GemmaBackbone
@@ -36,9 +75,6 @@ from keras_gemma import GemmaCausalLMPreprocessor
 from keras_gemma import data
 from keras_gemma import training
 
-HEAD_DIM = 32
-# Of the standard library, as long as nothing else is asked for.
-SHARES = {"prose": 3, "code": 1}
 LATE_SHARES = {"prose": 1, "code": 3}
 PROMPTS = ["Return the", "# textwrap\ndef indent("]
 
@@ -134,35 +170,5 @@ def main(options):
         print(model.generate(prompt, max_new_tokens=40, sampler="top_k", seed=1))
 
 
-def parsed_options():
-    parser = Options(__doc__)
-
-    pairs = parser.pairs
-    pairs("--text", Path, "NAME=FILE", "a source and its JSON lines (default: prose and code of the standard library)")
-    pairs("--weight", float, "NAME=SHARE", "a source's share of the examples (default: 3 of prose to 1 of code; equal)")
-    pairs("--late-weight", float, "NAME=SHARE", "its share later on (default: 1 of prose to 3 of code; as before)")
-    parser.option("--late-after", 2000, "examples until the later shares hold")
-    parser.option("--output", Path("pretrained"), "folder for checkpoints and preset", type=Path)
-    parser.option("--layers", 2, "decoder blocks")
-    parser.option("--width", 128, f"of the hidden states, a multiple of {HEAD_DIM}")
-    parser.of_pretraining(
-        sequence_length=256,
-        batch_size=8,
-        accumulate=2,
-        epochs=6,
-        steps_per_epoch=50,
-        save_every=50,
-        learning_rate=5e-3,
-    )
-    parser.option("--dtype", "float32", "of the model; mixed_bfloat16 is for accelerators")
-    parser.option("--recompute", "none", "what is computed twice to save memory", choices=["none", "dots", "block"])
-    options = parser.parse_args()
-    if options.width < HEAD_DIM or options.width % HEAD_DIM:
-        parser.error(f"--width is a multiple of {HEAD_DIM}. Received: {options.width}")
-    if unknown := {name for name, _ in options.weight + options.late_weight} - set(dict(options.text) or SHARES):
-        parser.error(f"--weight and --late-weight are of unknown sources: {', '.join(sorted(unknown))}")
-    return options
-
-
 if __name__ == "__main__":
-    run(main, parsed_options(), if_stopped="stopped. The same command goes on from the last checkpoint.")
+    run(main, options, if_stopped="stopped. The same command goes on from the last checkpoint.")

@@ -1,4 +1,4 @@
-"""Trains `presets/gemma_tiny_en` from nothing: Debian packages → text → vocabulary → `fit` → preset.
+"""Trains the preset `gemma_tiny_en` from nothing: Debian packages → text → vocabulary → `fit` → preset.
 
     apt-get update                               # as root, once
     pip install -e '.[examples]'
@@ -9,8 +9,9 @@ On Linux, glibc that keeps the large buffers of a step from one step to the next
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:\\
     glibc.malloc.trim_threshold=17179869184 python examples/pretrain_tiny.py
 
-It writes weights, vocabulary, training curve and README into `presets/gemma_tiny_en`. Killed, it goes on from
-its last fifty steps when it is started again. See the README it writes for the result.
+It writes weights, vocabulary, training curve and README into `pretrained_tiny`; `--preset-dir presets/gemma_tiny_en`
+made the preset that ships. Killed, it goes on from its last fifty steps when it is started again. See the README it
+writes for the result.
 """
 
 import os
@@ -18,11 +19,26 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import argparse
+from pathlib import Path
+
+from tiny.options import Options
+from tiny.options import run
+
+
+def parsed_options():
+    parser = Options(__doc__)
+    parser.option("--preset-dir", Path("pretrained_tiny"), "folder for the preset", type=Path)
+    cache = Path("~/.cache/keras_gemma/pretrain_tiny").expanduser()
+    parser.option("--work-dir", cache, "folder for checkpoints and figures", type=Path)
+    return parser.parse_args()
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
+
 import functools
 import json
 import math
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -169,13 +185,8 @@ def run_figures(stream_length, parameters):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--preset-dir", type=Path, default=root / "presets" / "gemma_tiny_en")
-    parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/keras_gemma/pretrain_tiny").expanduser())
-    arguments = parser.parse_args()
-    work = arguments.work_dir
+def main(options):
+    work = options.work_dir
     work.mkdir(parents=True, exist_ok=True)
 
     corpus = load_corpus()
@@ -196,8 +207,8 @@ def main():
     train_text = "\n\n".join(document.text for document in corpus.train).encode()
     held_out_text = "\n\n".join(document.text for document in corpus.held_out).encode()
     size = sum(len(document.text.encode()) for document in corpus.held_out)
-    report.write_preset(model, preprocessor, arguments.preset_dir)
-    saved = GemmaCausalLM.from_preset(str(arguments.preset_dir), preprocessor=None)
+    report.write_preset(model, preprocessor, options.preset_dir)
+    saved = GemmaCausalLM.from_preset(str(options.preset_dir), preprocessor=None)
     result = {
         "model": held_out_bits_per_byte(saved, held_out, size),
         "kneser_ney_5": baselines.kneser_ney_bits_per_byte(stream, held_out_stream, size, VOCABULARY_SIZE),
@@ -207,10 +218,10 @@ def main():
         },
     }
     (work / "result.json").write_text(json.dumps(result, indent=4))
-    report.write_curve(log, STEPS_BETWEEN_REPORTS, ROWS_PER_STEP * CONTEXT, arguments.preset_dir / "training_curve.png")
+    report.write_curve(log, STEPS_BETWEEN_REPORTS, ROWS_PER_STEP * CONTEXT, options.preset_dir / "training_curve.png")
     run = run_figures(len(stream), model.count_params())
-    report.write_readme(arguments.preset_dir, corpus, run, result)
+    report.write_readme(options.preset_dir, corpus, run, result)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, options, if_stopped="stopped. The same command goes on.")

@@ -53,15 +53,54 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from tiny.options import Options
+from tiny.options import run
+
 from keras_gemma import startup
+from keras_gemma.mesh_table import MESHES
+
+
+def parsed_options(arguments=None):
+    parser = Options(__doc__)
+
+    parser.option("--config", "local_data", "the mesh by name", choices=MESHES, metavar="NAME")
+    parser.option("--context", 1, "devices of the data axis over which the tokens of a row are cut")
+    parser.add_argument("--model", type=int, help="length of the model axis (default: the configuration's)")
+    parser.option("--preset", "gemma_tiny_en", "the model, by name or folder")
+    parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
+    parser.pairs("--text", str, "NAME=FILE", "a source: .jsonl or ArrayRecord, a 'text' each")
+    parser.pairs("--weight", float, "NAME=SHARE", "its share of the examples")
+    parser.of_pretraining(
+        sequence_length=128,
+        batch_size=16,
+        accumulate=1,
+        epochs=3,
+        steps_per_epoch=10,
+        save_every=10,
+        learning_rate=1e-4,
+    )
+    parser.option(
+        "--checkpoints", "pretrained_tpu/checkpoints", "a folder that all hosts share, gs:// too; a run goes on there"
+    )
+    parser.add_argument("--save-preset", metavar="FOLDER", help="for the trained model, on the first host")
+    parser.add_argument("--dtype", help="of the model (default: mixed_bfloat16 on TPUs, else float32)")
+    parser.add_argument(
+        "--recompute", choices=["none", "dots", "block"], help="to save memory (default: block on TPUs)"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, where JAX cannot find it by itself")
+    parser.add_argument("--processes", type=int, help="how many, with --coordinator")
+    parser.add_argument("--process", type=int, help="which one this is, with --coordinator")
+    return parser.parse_args(arguments)
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
 
 startup.leave_out_tensorflow()
 
 import grain
 import jax
 import keras
-from tiny.options import Options
-from tiny.options import run
 from tiny.standard_library import prose_and_code
 
 from keras_gemma import GemmaCausalLM
@@ -118,38 +157,5 @@ def source_of(file):
     return read(file, fields=["text"])
 
 
-def parsed_options(arguments=None):
-    parser = Options(__doc__)
-
-    parser.option("--config", "local_data", "the mesh by name", choices=distribution.CONFIGURATIONS, metavar="NAME")
-    parser.option("--context", 1, "devices of the data axis over which the tokens of a row are cut")
-    parser.add_argument("--model", type=int, help="length of the model axis (default: the configuration's)")
-    parser.option("--preset", "gemma_tiny_en", "the model, by name or folder")
-    parser.add_argument("--from-scratch", action="store_true", help="begin with random weights")
-    parser.pairs("--text", str, "NAME=FILE", "a source: .jsonl or ArrayRecord, a 'text' each")
-    parser.pairs("--weight", float, "NAME=SHARE", "its share of the examples")
-    parser.of_pretraining(
-        sequence_length=128,
-        batch_size=16,
-        accumulate=1,
-        epochs=3,
-        steps_per_epoch=10,
-        save_every=10,
-        learning_rate=1e-4,
-    )
-    parser.option(
-        "--checkpoints", "pretrained_tpu/checkpoints", "a folder that all hosts share, gs:// too; a run goes on there"
-    )
-    parser.add_argument("--save-preset", metavar="FOLDER", help="for the trained model, on the first host")
-    parser.add_argument("--dtype", help="of the model (default: mixed_bfloat16 on TPUs, else float32)")
-    parser.add_argument(
-        "--recompute", choices=["none", "dots", "block"], help="to save memory (default: block on TPUs)"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, where JAX cannot find it by itself")
-    parser.add_argument("--processes", type=int, help="how many, with --coordinator")
-    parser.add_argument("--process", type=int, help="which one this is, with --coordinator")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    run(main, parsed_options(), if_stopped="stopped. The same command goes on from the last checkpoint.")
+    run(main, options, if_stopped="stopped. The same command goes on from the last checkpoint.")

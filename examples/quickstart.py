@@ -12,13 +12,24 @@ import random
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from tiny.options import Options
+from tiny.options import run
+
 from keras_gemma import startup
+
+
+def parsed_options():
+    parser = Options(__doc__)
+    parser.option("--examples", 1600, "entries to train on")
+    return parser.parse_args()
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
 
 startup.leave_out_tensorflow()
 
 import keras
-from tiny.options import Options
-from tiny.options import run
 
 from keras_gemma import GemmaCausalLM
 
@@ -66,6 +77,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    parser = Options(__doc__)
-    parser.option("--examples", 1600, "entries to train on")
-    run(main, parser.parse_args())
+    run(main, options)

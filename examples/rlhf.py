@@ -27,7 +27,7 @@ repeats itself, so neither judge learned to mind. With 10 steps more the preset'
 20% repeated themselves.
 
 Weights in bfloat16, README with samples, curves (`tuning_curve.png`, `reinforce_curve.png`) and `result.json` lie in
-`presets/gemma_tiny_instruct_en`.
+`rlhf_preset`. `--preset-dir presets/gemma_tiny_instruct_en` made the preset that ships.
 """
 
 import os
@@ -35,7 +35,26 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from tiny.options import Options
+from tiny.options import run
+
 from keras_gemma import startup
+
+
+def parsed_options():
+    parser = Options(__doc__)
+    parser.option("--preset", "gemma_tiny_en", "name or folder of the model to begin with")
+    parser.option("--preset-dir", Path("rlhf_preset"), "folder for the result", type=Path)
+    cache = Path("~/.cache/keras_gemma/rlhf").expanduser()
+    parser.option("--work-dir", cache, "folder for finished stages, which are not run again", type=Path)
+    parser.add_argument("--dictionary", type=Path, metavar="FOLDER", help="WordNet's files (default: Debian's package)")
+    parser.add_argument("--words", type=int, help="most words of a stage (default: all)")
+    parser.option("--steps", 20, "of REINFORCE")
+    return parser.parse_args()
+
+
+# Before the imports that take seconds: --help and a wrong option are answered at once.
+options = parsed_options() if __name__ == "__main__" else None
 
 startup.leave_out_tensorflow()
 
@@ -51,8 +70,6 @@ from tiny.dictionary import one_word_per_definition
 from tiny.dictionary import open_dictionary
 from tiny.dictionary import read_words
 from tiny.dictionary import split
-from tiny.options import Options
-from tiny.options import run
 from tiny.phases import Phases
 from tiny.report import write_preset
 
@@ -323,18 +340,5 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def parsed_options():
-    parser = Options(__doc__)
-    root = Path(__file__).resolve().parents[1]
-    parser.option("--preset", "gemma_tiny_en", "name or folder of the model to begin with")
-    parser.option("--preset-dir", root / "presets" / "gemma_tiny_instruct_en", "folder for the result", type=Path)
-    cache = Path("~/.cache/keras_gemma/rlhf").expanduser()
-    parser.option("--work-dir", cache, "folder for finished stages, which are not run again", type=Path)
-    parser.add_argument("--dictionary", type=Path, metavar="FOLDER", help="WordNet's files (default: Debian's package)")
-    parser.add_argument("--words", type=int, help="most words of a stage (default: all)")
-    parser.option("--steps", 20, "of REINFORCE")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run(main, parsed_options())
+    run(main, options)
