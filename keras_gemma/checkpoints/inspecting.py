@@ -4,16 +4,28 @@ import collections
 import dataclasses
 import json
 import math
+import pathlib
 
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints.converting import opened
+from keras_gemma.checkpoints.memory_needs import CONTEXT
+from keras_gemma.checkpoints.memory_needs import LORA_RANK
+from keras_gemma.checkpoints.memory_needs import bytes_on_disk
+from keras_gemma.checkpoints.memory_needs import memory_needs
+from keras_gemma.checkpoints.memory_needs import readable_bytes
 
 # The models that were released, by layers and width.
 RELEASED = {(18, 2048): "Gemma 2B", (28, 3072): "Gemma 7B"}
 # Matrices of trained and of freshly initialised models lie well within.
 SANE_DEVIATIONS = 1e-4, 10.0
+JOBS = {
+    "load": "load",
+    "generate": f"generate ({CONTEXT} tokens)",
+    "train_adapters": f"train LoRA adapters (rank {LORA_RANK}, Adam)",
+    "train": "train all weights (Adam in float32)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Inspection:
         path: string.
         format: string.
         sizes: `canonical.Sizes`.
+        bytes_on_disk: int, size of the files that hold the tensors.
+        memory: dict, bytes that loading, generating and training take. See `memory_needs.memory_needs`.
         embedding_parameters, other_parameters: ints, counted apart as in the report's Table 2.
         dtypes: dict of ints, how many tensors are of each dtype, or of each type that a quantised file has.
         tensors: dict of `{"shape", "dtype"}` by the names of `canonical`.
@@ -50,6 +64,8 @@ class Inspection:
     path: str
     format: str
     sizes: canonical.Sizes
+    bytes_on_disk: int
+    memory: dict
     embedding_parameters: int
     other_parameters: int
     dtypes: dict
@@ -101,6 +117,8 @@ def inspect(path, numbers=True):
         path=checkpoint.path,
         format=checkpoint.format,
         sizes=checkpoint.sizes,
+        bytes_on_disk=bytes_on_disk({pathlib.Path(tensor.file) for tensor in tensors.values()}),
+        memory=memory_needs(checkpoint.sizes, sum(parameters.values())),
         embedding_parameters=parameters["embedding"],
         other_parameters=sum(parameters.values()) - parameters["embedding"],
         dtypes=dict(collections.Counter(tensor.kept_as for tensor in tensors.values())),
@@ -166,12 +184,20 @@ def _lines(found):
         f"{sizes.num_key_value_heads} key-value heads of {sizes.head_dim}, feed-forward {sizes.intermediate_dim // 2}"
     )
     yield f"  parameters {total:,}: embedding {found.embedding_parameters:,}, others {found.other_parameters:,}"
+    yield from _memory_lines(found)
     yield "  dtypes " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
     yield f"  tokenizer {f'of {found.pieces:,} pieces' if found.pieces else 'none'}, {sizes.vocabulary_size:,} rows"
     for kind, names in _by_kind(found.tensors).items():
         yield f"  {kind:16} {_described(found.tensors, names)}{_summary(found.numbers, names)}"
     if found.numbers or found.doubts:
         yield "  doubts: " + ("; ".join(found.doubts) if found.doubts else "none")
+
+
+def _memory_lines(found):
+    yield f"  {readable_bytes(found.bytes_on_disk)} on disk; memory without activations, by the dtype of the weights:"
+    for job, bytes_by_dtype in found.memory.items():
+        needs = ", ".join(f"{dtype} {readable_bytes(count)}" for dtype, count in bytes_by_dtype.items())
+        yield f"    {JOBS[job]:42} {needs}"
 
 
 def _by_kind(tensors):

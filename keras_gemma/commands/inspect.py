@@ -15,8 +15,11 @@ def add(commands):
         "inspect",
         run,
         help="say what a checkpoint holds",
-        description="Says format, shapes, dtypes, parameters and tokenizer of a checkpoint, and whether its numbers "
-        "look sane. The exit status is 1 where they do not.",
+        description="Says format, size, shapes, dtypes, parameters and tokenizer of a checkpoint, how much memory it "
+        "takes to load, generate and train, and whether its numbers look sane. The exit status is 1 where they do not.",
+        epilog="""\
+Activations come on top of the memory that is said, and on a CPU copies that its compiler makes: of bfloat16 weights
+up to three more.""",
     )
     parser.add_argument("path", help="file, folder, kaggle:// or hf:// handle, or name of a preset")
     parser.add_argument("--no-numbers", dest="numbers", action="store_false", help="do not read the tensors")

@@ -463,6 +463,10 @@ def test_the_command(source, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["sizes"]["num_layers"] == 3 and found["dtypes"] == {"float32": 29}
     assert found["tensors"]["blocks.2.query"] == {"shape": [4, 32, 8], "dtype": "float32"}
+    assert found["bytes_on_disk"] == (target / "model.safetensors").stat().st_size
+    parameters = found["embedding_parameters"] + found["other_parameters"]
+    assert found["memory"]["load"] == {"float32": 4 * parameters, "bfloat16": 2 * parameters}
+    assert "on disk" in printed and "train LoRA adapters" in printed
     assert cli.main(["inspect", str(target), "--no-numbers"]) == 0
     assert "4 × 32 × 8" in capsys.readouterr().out
     (target / "tokenizer.model").unlink()
