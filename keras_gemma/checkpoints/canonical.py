@@ -26,13 +26,13 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 
 SHOWN_NAMES = 3
 ROWS_AT_ONCE = 1024
 FLOATING = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
-# What all of Gemma 1 has: tokens of the rows that it was trained on, the base of RoPE, the norms' epsilon.
-CONTEXT_LENGTH = 8192
+# What all of Gemma 1 has: the base of RoPE, the norms' epsilon.
 ROPE_BASE = 10_000.0
 LAYER_NORM_EPSILON = 1e-6
 # The rows after Gemma's 256,000 pieces, where a checkpoint has any, are padding for TPUs.
@@ -118,6 +118,7 @@ class Checkpoint:
         ignored: tuple of names in the files that no model needs.
         copies: dict from a name among these to the name in the files of the tensor that it should repeat.
         proto: callable without arguments to the bytes of the SentencePiece model, `None` where there is none.
+        besides: callable without arguments to `BesidesTensors`.
     """
 
     path: str
@@ -129,6 +130,7 @@ class Checkpoint:
     ignored: tuple = ()
     copies: dict = dataclasses.field(default_factory=dict)
     proto: Callable = lambda: None
+    besides: Callable = BesidesTensors
 
     @functools.cached_property
     def tensors(self):
@@ -240,6 +242,37 @@ def check_floating(tensor):
             f"Weights have a floating dtype, one of {', '.join(np.dtype(dtype).name for dtype in FLOATING)}. "
             f"Received: {tensor.dtype} for `{tensor.name}` in `{tensor.file}`"
         )
+
+
+def head_among(stored, name, bias, shape):
+    """The head of a reward model.
+
+    Args:
+        stored: dict of `StoredTensor` by their names in the files.
+        name, bias: strings, the head's and that of the bias which it may not have.
+        shape: tuple of ints, of the head in the file.
+
+    Returns:
+        A `StoredTensor`, or `None` where there is none of that name.
+
+    Raises:
+        ValueError: for another shape, and for a bias that is not zero.
+    """
+    if name not in stored:
+        return None
+    head = stored[name]
+    check_floating(head)
+    if tuple(head.shape) != shape:
+        raise ValueError(
+            f"A reward model has one score, and a head of shape {shape}. Received: `{name}` of shape "
+            f"{tuple(head.shape)} in `{head.file}`"
+        )
+    if bias in stored and np.any(np.asarray(stored[bias].read(), "float32")):
+        raise ValueError(
+            f"The head of a reward model has no bias: only differences of rewards count. Received: `{bias}` in "
+            f"`{head.file}`, which is not zero"
+        )
+    return head
 
 
 def check_epsilon(sizes, format):

@@ -13,6 +13,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
+from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import flax_orbax
 from keras_gemma.checkpoints import gguf_file
@@ -66,7 +67,9 @@ def convert(source, target, format=None, dtype=None, max_shard_size=None, tokeni
     Tensors are read, rearranged and written one at a time: memory holds the largest about twice. Numbers keep their
     dtype unless another is asked for, and are the same to the bit in formats that have it. Those of a GGUF file, whose
     norms are always float32, get the one dtype that holds all matrices. Where the tokenizer has Gemma's 256,000 pieces,
-    an embedding of 256,128 rows loses those that are padding.
+    an embedding of 256,128 rows loses those that are padding. What a model has besides, as its chat template, the
+    tokens that end an answer and the head of a reward model, comes along, and where a format has no place for it, the
+    model is refused. See `besides_tensors`.
 
     Args:
         source: path of a file or folder, hub handle, or name of a preset.
@@ -103,16 +106,33 @@ def convert(source, target, format=None, dtype=None, max_shard_size=None, tokeni
     _check_room(target, checkpoint, dtype)
     proto = checkpoint.proto() if tokenizer is None else pathlib.Path(tokenizer).read_bytes()
     pieces = None if proto is None else tokenizer_files.checked(proto, checkpoint.sizes.vocabulary_size)
+    besides = _kept(checkpoint.besides(), name)
     sizes, tensors = canonical.without_padding(checkpoint.sizes, checkpoint.tensors, pieces)
     if dtype is None and checkpoint.format == gguf_file.FORMAT != name:
         dtype = str(np.result_type(*(tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1)))
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    if hasattr(WRITABLE[name], "KEEPS"):
+        options["besides"] = besides
     total = sum(tensor.bytes for tensor in tensors.values())
     with staged(target) as staging, _bar(total, progress) as bar:
         checkpoint.check_copies()
         watched = {part: _watched(tensor, bar) for part, tensor in tensors.items()}
         WRITABLE[name].write(str(staging), sizes, watched, proto, dtype, **options)
     return checkpoint
+
+
+def _kept(besides, name):
+    """What comes along into the format of that name.
+
+    Raises:
+        ValueError: for what does not.
+    """
+    if name == keras_weights.FORMAT:
+        # Weights and nothing else is what this format is for, but the head is weights.
+        besides = dataclasses.replace(besides_tensors.NOTHING, head=besides.head)
+    keeps = {one: getattr(module, "KEEPS", ()) for one, module in WRITABLE.items()}
+    besides_tensors.check_kept(besides, name, keeps[name], keeps)
+    return besides
 
 
 def _format_of(target):

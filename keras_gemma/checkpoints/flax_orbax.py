@@ -29,7 +29,7 @@ import numpy as np
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
-from keras_gemma.checkpoints.tokenizer_files import tokenizer_model
+from keras_gemma.checkpoints.tokenizer_folder import tokenizer_model
 
 FORMAT = "flax"
 TREE_FILE = "_METADATA"

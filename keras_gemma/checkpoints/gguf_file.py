@@ -12,8 +12,11 @@ import os
 import ml_dtypes
 import numpy as np
 
+from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import tokenizer_files
+from keras_gemma.checkpoints.besides_tensors import NOTHING
+from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 
 FORMAT = "gguf"
@@ -38,6 +41,11 @@ PLAIN = ("F32", "F16", "BF16")
 WRITTEN_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 Q8_0_BLOCK = 32
+KEEPS = (besides_tensors.STOP_TOKENS, besides_tensors.CHAT_TEMPLATE, besides_tensors.WITHOUT_BOS)
+# Where a file keeps the ids of the tokens that end an answer besides <eos>: of a turn, and of a message.
+STOP_KEYS = ("eot", "eom")
+CHAT_TEMPLATE = "tokenizer.chat_template"
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
 def _library():
@@ -121,6 +129,7 @@ def checkpoint(path):
         ignored=(OUTPUT,) if OUTPUT in stored else (),
         copies={OUTPUT: EMBEDDING} if OUTPUT in stored else {},
         proto=functools.partial(_proto, path, settings),
+        besides=functools.partial(_besides, path, settings),
     )
 
 
@@ -185,17 +194,21 @@ def _check_gemma_1(path, settings):
             f"{architecture!r}"
         )
     head_dim = _setting(path, settings, "gemma.attention.key_length")
-    for key, value in {**GEMMA_1_HAS, "gemma.attention.value_length": head_dim}.items():
+    same = dict.fromkeys(("gemma.attention.value_length", "gemma.rope.dimension_count"), head_dim)
+    for key, value in {**GEMMA_1_HAS, **same}.items():
         if settings.get(key, value) != value:
             raise ValueError(f"Gemma 1 has `{key}` = {value}. Received: {settings[key]} in `{path}`")
 
 
 def _sizes(path, settings, stored):
     setting = functools.partial(_setting, path, settings)
+    rows = stored[EMBEDDING].shape[0] if EMBEDDING in stored else 0
+    if rows and settings.get("gemma.vocab_size", rows) != rows:
+        raise ValueError(f"`{path}` says `gemma.vocab_size` = {settings['gemma.vocab_size']}, and has {rows} rows.")
     epsilon = np.float32(setting("gemma.attention.layer_norm_rms_epsilon"))
     return canonical.Sizes(
         # A file without an embedding is refused for that.
-        vocabulary_size=stored[EMBEDDING].shape[0] if EMBEDDING in stored else 0,
+        vocabulary_size=rows,
         num_layers=setting("gemma.block_count"),
         num_query_heads=setting("gemma.attention.head_count"),
         num_key_value_heads=setting("gemma.attention.head_count_kv"),
@@ -216,7 +229,7 @@ def _setting(path, settings, key):
 # === Out ===
 
 
-def write(target, sizes, tensors, proto, dtype=None):
+def write(target, sizes, tensors, proto, dtype=None, besides=NOTHING):
     """Writes a GGUF file of Gemma 1, with one tensor at a time in memory.
 
     Args:
@@ -226,6 +239,7 @@ def write(target, sizes, tensors, proto, dtype=None):
         proto: bytes of the SentencePiece model, or `None` to write no vocabulary, which llama.cpp refuses to load.
         dtype: one of `"float32"`, `"float16"`, `"bfloat16"` and `"q8_0"`; norms are in float32 whatever it is. `None`
             leaves each tensor as it is.
+        besides: `BesidesTensors` without a head.
 
     Raises:
         ImportError: without the package `gguf`.
@@ -235,11 +249,13 @@ def write(target, sizes, tensors, proto, dtype=None):
     gguf = _library()
     planned = _planned(gguf, sizes, tensors, dtype)
     vocabulary = None if proto is None else _vocabulary(proto)
+    stops = None if proto is None else _stops(vocabulary, besides.stop_tokens)
     writer = gguf.GGUFWriter(target, ARCHITECTURE)
     try:
         _add_settings(gguf, writer, sizes, planned)
         if vocabulary is not None:
             _add_vocabulary(writer, vocabulary, sizes.vocabulary_size)
+            _add_dialogue(writer, vocabulary, stops, besides)
         for tensor, kind in planned:
             length = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
             writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, length, raw_dtype=kind)
@@ -302,7 +318,7 @@ def _add_settings(gguf, writer, sizes, planned):
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kinds[EMBEDDING]]])
     if kinds[EMBEDDING] not in PLAIN:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(canonical.CONTEXT_LENGTH)
+    writer.add_context_length(tokenizer_files.CONTEXT_LENGTH)
     writer.add_embedding_length(sizes.hidden_dim)
     writer.add_block_count(sizes.num_layers)
     writer.add_feed_forward_length(sizes.intermediate_dim // 2)
@@ -336,23 +352,37 @@ def _add_vocabulary(writer, model, rows):
     pieces = [piece.piece for piece in model.pieces]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces + [_placeholder(index) for index in unused])
+    writer.add_token_list(pieces + [tokenizer_files.placeholder(index) for index in unused])
     writer.add_token_scores([piece.score for piece in model.pieces] + [-10_000.0 for _ in unused])
     writer.add_token_types([piece.type for piece in model.pieces] + [tokenizer_files.UNUSED for _ in unused])
     for name, key in SPECIAL_IDS.items():
         writer.add_uint32(_id_key(key), getattr(model.trainer_spec, f"{name}_id"))
-    if tokenizer_files.END_OF_TURN in pieces:
-        writer.add_eot_token_id(pieces.index(tokenizer_files.END_OF_TURN))
-    writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
+
+
+def _stops(model, stop_tokens):
+    """Ids of the tokens that end an answer besides `<eos>`, by their keys."""
+    ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    stops = [ids[token] for token in (tokenizer_files.END_OF_TURN, *stop_tokens) if token in ids]
+    if len(stops) > len(STOP_KEYS):
+        raise ValueError(
+            f"A GGUF file names {len(STOP_KEYS)} tokens that end an answer besides <eos>. Received: {len(stops)}, "
+            f"{', '.join(map(repr, stop_tokens))} among them"
+        )
+    return dict(zip(STOP_KEYS, stops))
+
+
+def _add_dialogue(writer, model, stops, besides):
+    for name, index in stops.items():
+        writer.add_uint32(_id_key(name), index)
+    writer.add_add_bos_token(besides.opens_with_bos)
+    # Without one, llama.cpp talks to every model as if it were tuned on ChatML.
+    if template := besides.chat_template or tokenizer_files.chat_template_of(model):
+        writer.add_chat_template(template)
 
 
 def _id_key(name):
     return f"tokenizer.ggml.{name}_token_id"
-
-
-def _placeholder(index):
-    return f"[PAD{index}]"
 
 
 def _proto(path, settings):
@@ -371,15 +401,40 @@ def _pieces(path, settings):
     if len({len(values) for values in lists}) > 1:
         raise ValueError(f"`{path}` has {[len(values) for values in lists]} tokens, scores and types of tokens.")
     pieces = list(zip(*lists))
-    while pieces and pieces[-1][0] == _placeholder(len(pieces) - 1) and pieces[-1][2] == tokenizer_files.UNUSED:
+    while pieces and _is_placeholder(len(pieces) - 1, *pieces[-1]):
         pieces.pop()
-    return [(piece, score, _type_of(piece, of_type)) for piece, score, of_type in pieces]
+    return [
+        (
+            piece,
+            score,
+            tokenizer_files.CONTROL if _is_placeholder(index, piece, score, of_type) else _type_of(piece, of_type),
+        )
+        for index, (piece, score, of_type) in enumerate(pieces)
+    ]
+
+
+def _is_placeholder(index, piece, score, of_type):
+    return piece == tokenizer_files.placeholder(index) and of_type == tokenizer_files.UNUSED
 
 
 def _type_of(piece, of_type):
     # llama.cpp's converter declares the turns' control pieces, which text can not contain. In Gemma's own it can.
     is_turn = piece in tokenizer_files.TURNS and of_type == tokenizer_files.CONTROL
     return tokenizer_files.USER_DEFINED if is_turn else of_type
+
+
+def _besides(path, settings):
+    """The file's `BesidesTensors`."""
+    if settings.get("tokenizer.ggml.model") in NO_VOCABULARY:
+        return BesidesTensors()
+    pieces = [piece for piece, _, _ in _pieces(path, settings)]
+    ids = [settings[_id_key(name)] for name in STOP_KEYS if _id_key(name) in settings]
+    template = settings.get(CHAT_TEMPLATE)
+    return BesidesTensors(
+        stop_tokens=besides_tensors.stop_tokens_of(pieces, ids, said_by=f"`{path}`"),
+        chat_template=None if template in (None, tokenizer_files.CHAT_TEMPLATE) else template,
+        preprocessor={} if settings.get(ADD_BOS, True) else {"add_start_token": False},
+    )
 
 
 def _special_ids(path, settings, pieces):

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 
+from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints.converting import opened
 from keras_gemma.checkpoints.memory_needs import CONTEXT
@@ -57,6 +58,7 @@ class Inspection:
         dtypes: dict of ints, how many tensors are of each dtype, or of each type that a quantised file has.
         tensors: dict of `{"shape", "dtype"}` by the names of `canonical`.
         pieces: int, of the tokenizer; `None` without one.
+        has_head: bool, whether it is a reward model with a head.
         numbers: dict of `Numbers` by the names of `canonical`; empty where nobody looked.
         doubts: list of strings, what does not look sane.
     """
@@ -71,6 +73,7 @@ class Inspection:
     dtypes: dict
     tensors: dict
     pieces: int | None
+    has_head: bool
     numbers: dict
     doubts: list
 
@@ -110,7 +113,7 @@ def inspect(path, numbers=True):
     checkpoint = opened(path)
     tensors = checkpoint.tensors
     parameters = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
-    proto = checkpoint.proto()
+    proto, besides, doubts_about_files = _described(checkpoint)
     seen = {name: _numbers(tensor) for name, tensor in tensors.items()} if numbers else {}
     pieces = _pieces(proto) if proto else None
     return Inspection(
@@ -124,12 +127,29 @@ def inspect(path, numbers=True):
         dtypes=dict(collections.Counter(tensor.kept_as for tensor in tensors.values())),
         tensors={name: {"shape": list(one.shape), "dtype": one.kept_as} for name, one in tensors.items()},
         pieces=pieces,
+        has_head=besides.head is not None,
         numbers=seen,
         doubts=[
+            *doubts_about_files,
             *_doubts_about_pieces(pieces, checkpoint.sizes),
             *_doubts_about_numbers(seen),
             *(_doubts_about_copies(checkpoint) if numbers else ()),
         ],
+    )
+
+
+def _described(checkpoint):
+    """The vocabulary, `BesidesTensors`, and what the files that describe them make doubtful."""
+    try:
+        proto, besides = checkpoint.proto(), checkpoint.besides()
+    except ValueError as error:
+        return None, besides_tensors.NOTHING, [str(error)]
+    if besides_tensors.is_gemmas(besides.chat_template):
+        return proto, besides, besides.doubts
+    return (
+        proto,
+        besides,
+        [*besides.doubts, "the chat template writes other turns than Gemma's, so that dialogues are refused"],
     )
 
 
@@ -187,8 +207,10 @@ def _lines(found):
     yield from _memory_lines(found)
     yield "  dtypes " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
     yield f"  tokenizer {f'of {found.pieces:,} pieces' if found.pieces else 'none'}, {sizes.vocabulary_size:,} rows"
+    if found.has_head:
+        yield f"  head of a reward model, {sizes.hidden_dim} × 1"
     for kind, names in _by_kind(found.tensors).items():
-        yield f"  {kind:16} {_described(found.tensors, names)}{_summary(found.numbers, names)}"
+        yield f"  {kind:16} {_shapes_and_dtypes(found.tensors, names)}{_summary(found.numbers, names)}"
     if found.numbers or found.doubts:
         yield "  doubts: " + ("; ".join(found.doubts) if found.doubts else "none")
 
@@ -207,7 +229,7 @@ def _by_kind(tensors):
     return kinds
 
 
-def _described(tensors, names):
+def _shapes_and_dtypes(tensors, names):
     shape = " × ".join(map(str, tensors[names[0]]["shape"]))
     dtypes = dict.fromkeys(tensors[name]["dtype"] for name in names)
     return f"{shape:18} {'/'.join(dtypes):9}"

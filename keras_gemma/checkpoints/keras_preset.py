@@ -8,8 +8,11 @@ import pathlib
 
 import keras
 
+from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import keras_hub_private as hub
+from keras_gemma.checkpoints.besides_tensors import NOTHING
+from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.filling import Wanted
 from keras_gemma.checkpoints.filling import fill
 from keras_gemma.checkpoints.filling import without_values
@@ -17,6 +20,7 @@ from keras_gemma.checkpoints.locating import optional_file
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
 from keras_gemma.checkpoints.locating import shards_of
+from keras_gemma.checkpoints.saving import BESIDE_TOKENIZER
 from keras_gemma.checkpoints.saving import write_settings
 from keras_gemma.checkpoints.tensor_files import h5_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
@@ -27,6 +31,10 @@ PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
 LOADABLE_QUANTIZATIONS = (None, "int8", "int4", "float8")
 FORMAT = "keras"
+KEEPS = tuple(besides_tensors.NAMES)
+HEAD, HEAD_BIAS = "layers/dense/vars/0", "layers/dense/vars/1"
+REWARD_MODEL = "GemmaRewardModel"
+OF_PREPROCESSOR = ("sequence_length", "add_start_token", "add_end_token")
 EMBEDDING, FINAL_NORM = "layers/reversible_embedding", "layers/rms_normalization"
 # The layers of a block by what they keep, as `canonical` calls it.
 BLOCK_LAYERS = {
@@ -72,7 +80,15 @@ class KerasPreset:
 
     def task_config(self, cls):
         """What `task.json` says of a task of this class, or `None`."""
-        return self._config_of(hub.TASK_CONFIG_FILE, cls)
+        config = self._config_of(hub.TASK_CONFIG_FILE, cls)
+        said = ((config or {}).get("backbone") or {}).get("config") or {}
+        for name in canonical.Sizes._fields:
+            if name in said and said[name] != self.config["config"].get(name, said[name]):
+                raise ValueError(
+                    f"`{hub.TASK_CONFIG_FILE}` and `{hub.CONFIG_FILE}` of `{self.location}` describe one backbone. "
+                    f"Received: `{name}` = {said[name]} and {self.config['config'][name]}"
+                )
+        return config
 
     def preprocessor_config(self, cls, config_file):
         """What the preprocessor's file says of a preprocessor of this class, or `None`."""
@@ -80,7 +96,8 @@ class KerasPreset:
 
     def tokenizer_config(self, config_file):
         """Constructor arguments of the tokenizer."""
-        return read_json(required_file(self.location, config_file))["config"]
+        content = read_json(required_file(self.location, config_file))
+        return {**content["config"], **said_beside(content)}
 
     def vocabulary(self, config_file):
         """Local path of the SentencePiece model, and its bytes."""
@@ -116,7 +133,44 @@ class KerasPreset:
             stored=stored,
             where=where,
             proto=self._proto,
+            besides=self.besides,
         )
+
+    def besides(self):
+        """The model's `BesidesTensors`."""
+        task, preprocessor, tokenizer = (
+            self._content(name)
+            for name in (hub.TASK_CONFIG_FILE, hub.PREPROCESSOR_CONFIG_FILE, hub.TOKENIZER_CONFIG_FILE)
+        )
+        alone = preprocessor.get("config", {})
+        settings = (task.get("config", {}).get("preprocessor") or preprocessor).get("config", {})
+        files = f"`{hub.TASK_CONFIG_FILE}`, which is followed, and `{hub.PREPROCESSOR_CONFIG_FILE}`"
+        doubts = [
+            f"{files} differ in `{name}`: {settings[name]} and {alone[name]}"
+            for name in OF_PREPROCESSOR
+            if name in settings and name in alone and settings[name] != alone[name]
+        ]
+        return BesidesTensors(
+            preprocessor={name: settings[name] for name in OF_PREPROCESSOR if name in settings},
+            head=self._head(task),
+            doubts=tuple(doubts),
+            **said_beside(tokenizer),
+        )
+
+    def _content(self, file_name):
+        path = optional_file(self.location, file_name)
+        return read_json(path) if path else {}
+
+    def _head(self, task):
+        if (task.get("registered_name") or "").rpartition(">")[2] != REWARD_MODEL:
+            return None
+        path = self.task_weights_file()
+        head = canonical.head_among(
+            tensors_of_files([path], h5_tensors), HEAD, HEAD_BIAS, (self._sizes().hidden_dim, 1)
+        )
+        if head is None:
+            raise ValueError(f"`{path}` lacks `{HEAD}`, the head of a reward model.")
+        return head
 
     def _sizes(self):
         if (self.config.get("registered_name") or "").rpartition(">")[2] != "GemmaBackbone":
@@ -130,6 +184,16 @@ class KerasPreset:
     def _proto(self):
         path = optional_file(self.location, f"assets/{hub.TOKENIZER_CONFIG_FILE.split('.')[0]}/{VOCABULARY_FILE}")
         return pathlib.Path(path).read_bytes() if path else None
+
+    def fill_task(self, task, settings):
+        """Loads what the task has besides its backbone, a head that is small; where `settings` is of such a task."""
+        if settings is None or not task.has_task_weights():
+            return
+        path = self.task_weights_file()
+        try:
+            task.load_task_weights(path)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"`{path}` is damaged, or of another model: {error}") from error
 
     def task_weights_file(self):
         """Local path of the weights that a task has besides its backbone's."""
@@ -206,7 +270,12 @@ def table_of(sizes):
     return [canonical.as_it_is(f"{names[part]}/vars/0", part, shape) for part, shape in canonical.shapes(sizes).items()]
 
 
-def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
+def said_beside(content):
+    """Constructor arguments of a tokenizer that a serialised one has beside its configuration."""
+    return {name: content[name] for name in BESIDE_TOKENIZER if content.get(name)}
+
+
+def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10, besides=NOTHING):
     """Writes a preset, one tensor at a time.
 
     Args:
@@ -216,31 +285,50 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10):
         proto: bytes of the SentencePiece model, or `None`.
         dtype: optional, one of float32, float16 and bfloat16 to cast to.
         max_shard_size: int or float, as of `save_task`.
+        besides: `BesidesTensors`. With a head the model is a `GemmaRewardModel`.
 
     Raises:
         ValueError: as `canonical.arranged`, and for a tensor that is larger than a file may be.
     """
     arranged = canonical.arranged(table_of(sizes), tensors, dtype)
     os.makedirs(target)
-    write_settings(_task_without_values(sizes, proto, str(arranged[0].dtype)), target)
+    write_settings(_task_without_values(sizes, proto, str(arranged[0].dtype), besides), target)
+    if besides.head is not None:
+        head = canonical.as_it_is(HEAD, "head", (sizes.hidden_dim, 1))
+        # It is float32 whatever the backbone is.
+        write_h5(
+            os.path.join(target, hub.TASK_WEIGHTS_FILE), canonical.arranged([head], {"head": besides.head}, "float32")
+        )
     names = (hub.MODEL_WEIGHTS_FILE, "model_{index:05}.weights.h5", hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE)
     write_shards(target, arranged, max_shard_size, names, write_h5, lambda name: f"/{os.path.dirname(name)}")
 
 
-def _task_without_values(sizes, proto, dtype):
+def _task_without_values(sizes, proto, dtype, besides):
     # Not above: the models import this package. Names that Keras counts up would tell one conversion from the next.
     from keras_gemma.models import GemmaBackbone
     from keras_gemma.models import GemmaCausalLM
     from keras_gemma.models import GemmaCausalLMPreprocessor
+    from keras_gemma.models import GemmaRewardModel
+    from keras_gemma.models import GemmaRewardModelPreprocessor
     from keras_gemma.models import GemmaTokenizer
 
+    cls, preprocessor_cls = GemmaCausalLM, GemmaCausalLMPreprocessor
+    if besides.head is not None:
+        cls, preprocessor_cls = GemmaRewardModel, GemmaRewardModelPreprocessor
     with without_values():
         backbone = GemmaBackbone(**sizes._asdict(), dtype=dtype, name="gemma_backbone")
     preprocessor = None
     if proto:
-        tokenizer = GemmaTokenizer(proto, name="gemma_tokenizer")
-        preprocessor = GemmaCausalLMPreprocessor(tokenizer, name="gemma_causal_lm_preprocessor")
-    return GemmaCausalLM(backbone, preprocessor, name="gemma_causal_lm")
+        tokenizer = GemmaTokenizer(
+            proto, stop_tokens=besides.stop_tokens, chat_template=besides.chat_template, name="gemma_tokenizer"
+        )
+        name = _snake_case(preprocessor_cls.__name__)
+        preprocessor = preprocessor_cls(tokenizer, **besides.preprocessor, name=name)
+    return cls(backbone, preprocessor, name=_snake_case(cls.__name__))
+
+
+def _snake_case(name):
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).replace("_l_m", "_lm").lstrip("_")
 
 
 def fill_from(checkpoint, backbone):

@@ -1,5 +1,6 @@
 """Presets → backbones, tokenizers, preprocessors and tasks."""
 
+import base64
 import contextlib
 
 from keras_gemma.checkpoints import keras_hub_private as hub
@@ -8,10 +9,13 @@ from keras_gemma.checkpoints.filling import without_values
 from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
 from keras_gemma.checkpoints.keras_preset import KerasPreset
 from keras_gemma.checkpoints.keras_preset import is_of_class
+from keras_gemma.checkpoints.keras_preset import said_beside
 from keras_gemma.checkpoints.keras_preset import with_source_dtype
 from keras_gemma.checkpoints.locating import locate
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
+
+SHORTEST_PROTO = 2048
 
 
 def load_backbone(cls, preset, load_weights=True, **kwargs):
@@ -102,13 +106,15 @@ def load_task(cls, preset, load_weights=True, **kwargs):
     # The small files first: a preset that lacks one fails before gigabytes are read.
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _task_preprocessor(cls, preset, source, saved_preprocessor, sequence_length)
+        if "backbone" not in kwargs:
+            _check_rows(source, cls.backbone_cls, kwargs["preprocessor"])
     elif sequence_length is not None:
         raise ValueError("`sequence_length` belongs to the preset's preprocessor. Received: a `preprocessor` as well")
     if "backbone" not in kwargs:
         kwargs["backbone"] = _backbone(cls.backbone_cls, source, load_weights, {"dtype": dtype})
     task = cls(**{**config, **kwargs})
-    if load_weights and task_config is not None:
-        _fill_task(task, source)
+    if load_weights:
+        source.fill_task(task, task_config)
     return task
 
 
@@ -141,7 +147,18 @@ def _backbone(cls, source, load_weights, kwargs):
     return backbone
 
 
+def _check_rows(source, backbone_cls, preprocessor):
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    rows = source.backbone_config(backbone_cls)["vocabulary_size"]
+    if tokenizer is not None and tokenizer.proto and tokenizer.vocabulary_size() > rows:
+        raise ValueError(
+            f"Each piece of a vocabulary needs a row of the embedding. Received: {tokenizer.vocabulary_size()} pieces "
+            f"in the vocabulary of `{source.location}`, {rows} rows by its `config.json`"
+        )
+
+
 def _tokenizer(cls, source, config, config_file, kwargs):
+    _check_proto(source, config.get("proto"))
     config = {**config, **kwargs}
     if config.get("proto") is not None:
         return cls.from_config(config)
@@ -150,6 +167,20 @@ def _tokenizer(cls, source, config, config_file, kwargs):
         return cls.from_config(config)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"`{where}` does not serve as a vocabulary: {error}") from error
+
+
+def _check_proto(source, proto):
+    """Refuses a vocabulary that is a path: it may lead anywhere. A base64 text is what a preset may hold."""
+    try:
+        # keras-hub takes shorter ones for paths.
+        is_base64 = proto is None or (len(proto) > SHORTEST_PROTO and bool(base64.b64decode(proto, validate=True)))
+    except (ValueError, TypeError):
+        is_base64 = False
+    if not is_base64:
+        raise ValueError(
+            f"A preset keeps its vocabulary among its own files. Received: `proto` = {str(proto)[:80]!r} in a file of "
+            f"`{source.location}`"
+        )
 
 
 def _preprocessor(cls, source, config, kwargs):
@@ -162,7 +193,7 @@ def _preprocessor(cls, source, config, kwargs):
 
 def _nested_tokenizer(cls, source, content):
     if content and is_of_class(content, cls):
-        config = content["config"]
+        config = {**content["config"], **said_beside(content)}
         return _tokenizer(cls, source, config, config.get("config_file", hub.TOKENIZER_CONFIG_FILE), {})
     config_file = hub.TOKENIZER_CONFIG_FILE
     return _tokenizer(cls, source, source.tokenizer_config(config_file), config_file, {})
@@ -185,14 +216,3 @@ def _task_preprocessor(cls, preset, source, saved, sequence_length):
             f"The preprocessor of `{preset}` cannot be loaded. {error} "
             f"For a `{cls.__name__}` without text, from token ids to logits, pass `preprocessor=None`."
         ) from error
-
-
-def _fill_task(task, source):
-    """Loads what the task has besides its backbone, a head that is small."""
-    if not task.has_task_weights():
-        return
-    path = source.task_weights_file()
-    try:
-        task.load_task_weights(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"`{path}` is damaged, or of another model: {error}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 from keras_gemma.checkpoints.keras_hub_private import get_file
 
@@ -50,11 +51,19 @@ def _scheme(preset):
 
 def _file(location, name):
     """Local path of a preset's file, downloaded if need be; a `FileNotFoundError` where the preset has none."""
+    _check_inside(location, name)
     try:
         return _fetched(location, name)
     except FileNotFoundError as error:
         _check_that_hub_knows(location, name, error)
         raise
+
+
+def _check_inside(location, name):
+    """Refuses a name that leads out of the preset: the files of a preset may name others."""
+    path = pathlib.PureWindowsPath(name) if isinstance(name, str) else None
+    if path is None or not path.parts or path.anchor or ".." in path.parts:
+        raise ValueError(f"A preset names files of its own, by paths inside it. Received: {name!r} in `{location}`")
 
 
 def _fetched(location, name):

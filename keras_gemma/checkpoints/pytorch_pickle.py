@@ -32,7 +32,7 @@ from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
-from keras_gemma.checkpoints.tokenizer_files import tokenizer_model
+from keras_gemma.checkpoints.tokenizer_folder import tokenizer_model
 
 FORMAT = "pytorch"
 SUFFIX = ".ckpt"

@@ -27,6 +27,8 @@ CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
 CONFIG_OF_TRAINING = ("recompute", "scan_layers")
 # What a preprocessor makes of texts, which keras-hub's does not ask.
 CONFIG_OF_PREPROCESSING = ("allow_special_tokens", "merge_system_messages")
+# What a tokenizer's file says beside its configuration.
+BESIDE_TOKENIZER = ("stop_tokens", "chat_template")
 # Of an earlier save, and no longer true beside a new backbone.
 BACKBONE_FILES = (
     hub.MODEL_WEIGHTS_FILE,
@@ -202,6 +204,9 @@ def _for_keras_hub(config):
     name = config.get("class_name")
     if str(config.get("registered_name")).startswith("keras_gemma>") and hub.module_of(name):
         config.update(module=hub.module_of(name), registered_name=f"keras_hub>{name}")
+    if name == "GemmaTokenizer":
+        # keras-hub's tokenizer takes no arguments for them.
+        config.update({key: value for key in BESIDE_TOKENIZER if (value := config["config"].pop(key, None))})
     return config
 
 

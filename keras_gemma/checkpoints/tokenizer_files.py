@@ -9,8 +9,8 @@ first of which goes first. One follows from the other, as long as the list has e
 
 import json
 
-from keras_gemma.checkpoints.canonical import CONTEXT_LENGTH
-
+# Tokens of the rows that Gemma 1 was trained on.
+CONTEXT_LENGTH = 8192
 VOCABULARY_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
 
 PAD = "<pad>"
@@ -55,8 +55,7 @@ def proto_of_tokenizer_json(content):
         ValueError: for a vocabulary that SentencePiece would not tokenize as this file does, naming the rule.
     """
     described = _read(content)
-    _check_model(described["model"])
-    _check_steps(described)
+    check_described(described)
     added = _added_tokens(described)
     pieces = _with_names_of_bytes(_pieces_by_id(described["model"]["vocab"], added))
     merges = _split_merges(described["model"]["merges"])
@@ -66,11 +65,14 @@ def proto_of_tokenizer_json(content):
     return built(zip(pieces, _scores(pieces, types, merges), types), ids)
 
 
-def hugging_face_files(proto):
+def hugging_face_files(proto, chat_template=None, opens_with_bos=True, stop_tokens=()):
     """The files of a Hugging Face folder that describe a tokenizer.
 
     Args:
         proto: bytes of a SentencePiece model such as `GemmaTokenizer` takes.
+        chat_template: optional string, Jinja, where it is not Gemma's.
+        opens_with_bos: bool. Whether texts begin with `<bos>`.
+        stop_tokens: tokens that end an answer besides `<eos>` and `<end_of_turn>`: special ones, as these are.
 
     Returns:
         A dict from file name to bytes: `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and
@@ -86,18 +88,14 @@ def hugging_face_files(proto):
     check_rules(model)
     _check_pieces(model.pieces)
     special = _special_tokens({piece.piece for piece in model.pieces})
+    added = _added(model.pieces, stop_tokens)
     files = {
-        TOKENIZER_FILE: _tokenizer_json(model),
-        "tokenizer_config.json": _tokenizer_config(model, special),
+        TOKENIZER_FILE: _tokenizer_json(model, added, opens_with_bos),
+        "tokenizer_config.json": _tokenizer_config(model, added, special, chat_template, opens_with_bos),
         "special_tokens_map.json": special,
     }
     as_bytes = {name: json.dumps(file, indent=2, ensure_ascii=False).encode() for name, file in files.items()}
     return {VOCABULARY_FILE: bytes(proto), **as_bytes}
-
-
-def tokenizer_model(*folders):
-    """Bytes of the `tokenizer.model` in the first of some folders (`pathlib.Path`) that has one, or `None`."""
-    return next((path.read_bytes() for folder in folders if (path := folder / VOCABULARY_FILE).is_file()), None)
 
 
 def checked(proto, rows):
@@ -132,10 +130,17 @@ def _read(content):
         described = json.loads(content)
     except ValueError as error:
         raise ValueError(f"A `tokenizer.json` is a JSON file. Received one that does not parse: {error}") from error
-    model = described.get("model") if isinstance(described, dict) else None
-    if not isinstance(model, dict):
+    if not isinstance(described, dict):
         raise ValueError("A `tokenizer.json` is a JSON object with a `model`. Received one without.")
     return described
+
+
+def check_described(described):
+    """Refuses the object of a `tokenizer.json` that treats a text otherwise than Gemma's, naming the rule."""
+    if not isinstance(described.get("model"), dict):
+        raise ValueError("A `tokenizer.json` is a JSON object with a `model`. Received one without.")
+    _check_model(described["model"])
+    _check_steps(described)
 
 
 def _check_model(model):
@@ -166,10 +171,30 @@ def _require(rule, field, received, valid):
 def _added_tokens(described):
     added = {}
     for token in described.get("added_tokens") or []:
-        for option in ("single_word", "lstrip", "rstrip"):
-            _require("added tokens as they are spelled", f"added_tokens.{option}", token.get(option), [None, False])
-        added[token["content"]] = token["id"]
+        check_added_token(token, TOKENIZER_FILE)
+        # SentencePiece looks for its pieces after spaces were replaced.
+        added[token["content"].replace(" ", SPACE)] = token["id"]
     return added
+
+
+def check_added_token(token, file):
+    """Refuses an added token that takes more of a text than its own spelling."""
+    for option in ("single_word", "lstrip", "rstrip"):
+        if token.get(option):
+            raise ValueError(
+                f"Gemma's tokenizer has added tokens as they are spelled, without `{option}`. Received: "
+                f"{token.get('content')!r} with it in `{file}`"
+            )
+
+
+def is_spelled(piece, token):
+    """Whether files that Hugging Face has call a SentencePiece piece so: a byte may be spelled as its character."""
+    return piece == token or (piece in BYTES and BYTES[piece] < 0x80 and chr(BYTES[piece]) == token)
+
+
+def placeholder(index):
+    """What an id without a token is called, as llama.cpp calls it."""
+    return f"[PAD{index}]"
 
 
 def _pieces_by_id(vocabulary, added):
@@ -309,8 +334,10 @@ def check_rules(model):
 
 def _check_pieces(pieces):
     _check_specials({piece.piece for piece in pieces})
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         expected = (TYPES[piece.piece],) if piece.piece in TYPES else (NORMAL, USER_DEFINED)
+        if (piece.piece, piece.type) == (placeholder(index), CONTROL):
+            continue
         if piece.type not in expected:
             raise ValueError(
                 f"Special pieces and bytes have types of their own, all others are normal or user-defined. Received: "
@@ -318,16 +345,16 @@ def _check_pieces(pieces):
             )
 
 
-def _tokenizer_json(model):
+def _tokenizer_json(model, added, opens_with_bos):
     names = _names(model.pieces)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": index, **token} for index, token in _added(model.pieces).items()],
+        "added_tokens": [{"id": index, **token} for index, token in added.items()],
         "normalizer": REPLACED_SPACES,
         "pre_tokenizer": None,
-        "post_processor": _bos_in_front(names.index(BOS)),
+        "post_processor": _bos_in_front(names.index(BOS)) if opens_with_bos else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -384,7 +411,7 @@ def _ways_of_making(piece, names):
     return [(left, right) for left, right in pairs if left in names and right in names]
 
 
-def _added(pieces):
+def _added(pieces, stop_tokens):
     kinds = {index: piece for index, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE)}
     return {
         index: {
@@ -394,7 +421,7 @@ def _added(pieces):
             "rstrip": False,
             # SentencePiece finds its pieces after spaces were replaced.
             "normalized": SPACE in piece.piece,
-            "special": piece.piece in (*SPECIAL_TYPES, *TURNS),
+            "special": piece.piece in (*SPECIAL_TYPES, *TURNS, *stop_tokens),
         }
         for index, piece in kinds.items()
     }
@@ -419,21 +446,27 @@ def _special_tokens(names):
     return special
 
 
-def _tokenizer_config(model, special):
+def _tokenizer_config(model, added, special, chat_template, opens_with_bos):
     # transformers would add a mask of its own to a vocabulary without one.
     has_mask = any(piece.piece == MASK for piece in model.pieces)
     config = {
         "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
+        "add_bos_token": opens_with_bos,
         "add_eos_token": False,
         **special,
         "mask_token": MASK if has_mask else None,
         "model_max_length": CONTEXT_LENGTH,
         "clean_up_tokenization_spaces": False,
         "spaces_between_special_tokens": False,
-        "added_tokens_decoder": {str(index): token for index, token in _added(model.pieces).items()},
+        "added_tokens_decoder": {str(index): token for index, token in added.items()},
     }
-    return {**config, "chat_template": CHAT_TEMPLATE} if "additional_special_tokens" in special else config
+    chat_template = chat_template or chat_template_of(model)
+    return {**config, "chat_template": chat_template} if chat_template else config
+
+
+def chat_template_of(model):
+    """Gemma's template, where a SentencePiece model has the turn markers, or `None`."""
+    return CHAT_TEMPLATE if {piece.piece for piece in model.pieces}.issuperset(TURNS) else None
 
 
 CHAT_TEMPLATE = """\

@@ -340,17 +340,17 @@ class GemmaBackbone(keras_hub.models.Backbone):
         config["scan_layers"] = self.scan_layers
         return config
 
+    @distribution.written_once
     def export_to_transformers(self, path):
-        """Writes config and weights for transformers, in the shapes that keras-hub's exporter writes correctly.
+        """Writes configuration and weights for transformers.
 
         Args:
-            path: string. The folder to write.
+            path: string. The folder to write, made if missing. Files of the same names are replaced at the end.
 
         Raises:
-            ValueError: with several key-value heads, or heads that together are not as wide as the model.
+            ValueError: for quantised weights, and for numbers that are not finite.
         """
-        refuse_wrong_export(self)
-        super().export_to_transformers(path)
+        checkpoints.export_model(path, self)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -405,14 +405,3 @@ def _refuse_later_gemmas(**received):
                 f"Gemma 1 has `{name}={GEMMA_1_ONLY[name]}` only. Received: {name}={value}. "
                 "For Gemma 2 use `keras_hub.models.GemmaBackbone`."
             )
-
-
-def refuse_wrong_export(backbone):
-    """Raises a `ValueError` for a backbone that keras-hub's exporter to transformers would write wrongly."""
-    heads, kv_heads, head_dim = backbone.num_query_heads, backbone.num_key_value_heads, backbone.head_dim
-    if kv_heads != 1 or heads * head_dim != backbone.hidden_dim:
-        raise ValueError(
-            "keras-hub exports to transformers correctly with one key-value head and `num_query_heads * head_dim` "
-            f"equal to `hidden_dim` only. Received: num_key_value_heads={kv_heads}, num_query_heads={heads}, "
-            f"head_dim={head_dim}, hidden_dim={backbone.hidden_dim}"
-        )

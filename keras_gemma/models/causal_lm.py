@@ -11,7 +11,6 @@ from keras_gemma.models import generating
 from keras_gemma.models import scoring
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
-from keras_gemma.models.backbone import refuse_wrong_export
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import is_packed
@@ -643,10 +642,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     # === Presets ===
 
+    @distribution.written_once
     def export_to_transformers(self, path):
-        """As `GemmaBackbone.export_to_transformers`, with the tokenizer."""
-        refuse_wrong_export(self.backbone)
-        super().export_to_transformers(path)
+        """As `GemmaBackbone.export_to_transformers`, with the tokenizer, its chat template and what ends an answer."""
+        checkpoints.export_model(path, self.backbone, self.preprocessor)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):

@@ -330,6 +330,10 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         # In one call: SentencePiece starts threads at each.
         return self.tokenizer.detokenize(kept) if kept else []
 
+    def export_to_transformers(self, path):
+        """Writes the files of the tokenizer for transformers into a folder, made if missing."""
+        checkpoints.export_tokenizer(path, self.tokenizer, self.add_start_token)
+
     @classmethod
     def from_preset(cls, preset, config_file="preprocessor.json", **kwargs):
         """Loads the preprocessor of a preset. See `GemmaCausalLM.from_preset` for what `preset` may be."""

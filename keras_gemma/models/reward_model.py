@@ -309,9 +309,19 @@ class GemmaRewardModel(keras_hub.models.Task):
 
     # === Presets ===
 
+    @distribution.written_once
+    def export_to_transformers(self, path):
+        """Writes a `GemmaForSequenceClassification` with one label, whose logits are the rewards.
+
+        Arguments and errors as of `GemmaCausalLM.export_to_transformers`.
+        """
+        checkpoints.export_model(path, self.backbone, self.preprocessor, self.reward_head.kernel)
+
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Loads a reward model; or the backbone of any preset of Gemma, to become one, its head at random.
+        """Loads a reward model, a `GemmaForSequenceClassification` with one label included.
+
+        The backbone of any other preset of Gemma becomes one, its head at random.
 
         Args:
             preset, load_weights, **kwargs: as of `GemmaCausalLM.from_preset`.

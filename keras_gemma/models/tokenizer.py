@@ -27,6 +27,10 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         proto: path of a SentencePiece model, or its bytes. It must hold `<pad>`, `<bos>` and `<eos>`; chat needs
             `<start_of_turn>` and `<end_of_turn>` as well.
         sequence_length: optional int. Pads and cuts every row to it, which makes the output dense.
+        stop_tokens: tokens that end an answer besides `<eos>` and `<end_of_turn>`, as a model that was tuned on other
+            dialogues may have.
+        chat_template: optional string, the Jinja template of such dialogues. It is kept and saved, and not run: where
+            it writes other turns than Gemma's, dialogues are refused.
 
     Attributes:
         start_token_id, end_token_id, pad_token_id: int. Ids of `<bos>`, `<eos>` and `<pad>`.
@@ -37,18 +41,22 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     `tf.data`), or with `sequence_length` a dense int32 array `[B, sequence_length]`.
 
     Raises:
-        ValueError: for a vocabulary that lacks a special token, naming it; when called, for what is no text (see
-            `encode`), with its number.
+        ValueError: for a vocabulary that lacks a special or a stop token, naming it; when called, for what is no text
+            (see `encode`), with its number.
     """
 
     backbone_cls = GemmaBackbone
     presets = Presets()
 
-    def __init__(self, proto, **kwargs):
+    def __init__(self, proto, stop_tokens=(), chat_template=None, **kwargs):
+        self.stop_tokens = tuple(stop_tokens)
+        self.chat_template = chat_template
         self._add_special_token("<bos>", "start_token")
         self._add_special_token("<eos>", "end_token")
         self._add_special_token("<pad>", "pad_token")
         super().__init__(proto=proto, **kwargs)
+        if missing := [token for token in self.stop_tokens if proto and self._optional_token_id(token) is None]:
+            raise ValueError(f"Stop tokens are tokens of the vocabulary. Received: {missing[0]!r}")
         # There is nothing to build, and `quantize` of a whole model refuses layers that are not.
         self.built = True
 
@@ -133,8 +141,9 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @property
     def stop_token_ids(self):
-        """The ids that end a generation: `<eos>`, and `<end_of_turn>` where the vocabulary has it."""
-        return [i for i in (self.end_token_id, self.end_of_turn_id) if i is not None]
+        """The ids that end a generation: `<eos>`, `<end_of_turn>` where the vocabulary has it, and `stop_tokens`."""
+        ids = [self.end_token_id, self.end_of_turn_id, *map(self._optional_token_id, self.stop_tokens)]
+        return [i for i in ids if i is not None]
 
     def encode(self, text, allow_special_tokens=True):
         """Ids of one string as a plain list, without special tokens added, padding or cutting.
@@ -197,6 +206,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 `tokenize=False` for a message with a turn marker, which a text cannot tell from a turn.
         """
         pieces = dialogue_pieces(messages, add_generation_prompt)
+        self._check_dialogues()
         if not tokenize:
             refuse_turn_markers(pieces)
             return self.start_token + "".join(piece.text for piece in pieces)
@@ -210,6 +220,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             pieces: list of `Piece`s, as `dialogue_pieces` gives them.
             allow_special_tokens: as of `apply_chat_template`.
         """
+        self._check_dialogues()
         if allow_special_tokens:
             refuse_turn_markers(pieces)
         if self.start_of_turn_id is None or self.end_of_turn_id is None:
@@ -229,10 +240,30 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             return self.encode(piece.text)
         return self.encode(content, allow_special_tokens=False) + self.encode(marker)
 
+    def _check_dialogues(self):
+        if not checkpoints.is_gemmas(self.chat_template):
+            raise ValueError(
+                f"This model was tuned on other dialogues than Gemma's: its chat template has no {START_OF_TURN!r} and "
+                f"{END_OF_TURN!r}. Write its prompts as strings, with the turns of `tokenizer.chat_template`, and "
+                "generate with `allow_special_tokens=True`."
+            )
+
+    def get_config(self):
+        config = super().get_config()
+        if self.stop_tokens:
+            config["stop_tokens"] = list(self.stop_tokens)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return config
+
     @classmethod
     def from_preset(cls, preset, config_file="tokenizer.json", **kwargs):
         """Loads the tokenizer of a preset. See `GemmaCausalLM.from_preset` for what `preset` may be."""
         return checkpoints.load_tokenizer(cls, preset, config_file=config_file, **kwargs)
+
+    def export_to_transformers(self, path):
+        """Writes the files of a tokenizer for transformers into a folder, made if missing."""
+        checkpoints.export_tokenizer(path, self)
 
     def save_to_preset(self, preset_dir):
         """Saves the tokenizer into a preset folder that keras-hub reads as well."""

@@ -104,6 +104,8 @@ def test_configuration_of_another_model(preset):
     content = json.loads((preset / "config.json").read_text())
     content["config"]["num_layers"] = 2
     (preset / "config.json").write_text(json.dumps(content))
+    _refuses(preset, "task.json", "config.json", "num_layers")
+    (preset / "task.json").unlink()
     _refuses(preset, "layers/gemma_decoder_block_2/")
 
 

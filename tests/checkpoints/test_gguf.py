@@ -15,12 +15,14 @@ from canonical_tensors import refuses
 
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import gguf_file
+from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.hugging_face import HuggingFacePreset
 from keras_gemma.checkpoints.keras_preset import fill_from
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.models import GemmaBackbone
 from keras_gemma.models import GemmaCausalLM
+from keras_gemma.models import GemmaTokenizer
 
 Kind = gguf.GGMLQuantizationType
 
@@ -191,6 +193,11 @@ def test_as_llama_cpp_computes(written, sizes, vocabulary):
     for text in TEXTS:
         tokens = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         assert tokens == [processor.bos_id(), *processor.encode(text)]
+    # Its own engine runs the file's template: without one it would talk ChatML.
+    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", " b "), ("user", "c"))]
+    prompt = ask("/apply-template", {"messages": messages})["prompt"]
+    expected = GemmaTokenizer(vocabulary).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt.removeprefix("<bos>") == expected.removeprefix("<bos>")
 
 
 def _llama_cpp(path):
@@ -372,6 +379,7 @@ def test_settings(path, vocabulary):
         "tokenizer.ggml.eot_token_id": 6,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": tokenizer_files.CHAT_TEMPLATE,
     }
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     assert {name: len(values) for name, values in lists.items()} == dict.fromkeys(lists, 512)

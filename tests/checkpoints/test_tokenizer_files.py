@@ -267,7 +267,7 @@ def _stripping(described):
         (_set("normalizer", None), ["normalizer", "spaces"]),
         (_without_spaces, ["normalizer", "NFKC"]),
         (_set("pre_tokenizer", {"type": "ByteLevel"}), ["pre_tokenizer", "ByteLevel"]),
-        (_stripping, ["added_tokens.lstrip"]),
+        (_stripping, ["added tokens", "`lstrip`"]),
         (_without_bos, ["lacks <bos>"]),
         (_without_a_byte, ["lacks <0xC3>"]),
         (_with_a_gap, ["ids from 0", "1000"]),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from keras_gemma.models import GemmaBackbone
-from keras_gemma.models import GemmaCausalLM
 
 SHAPE = {
     "vocabulary_size": 64, "num_layers": 2, "num_query_heads": 4, "num_key_value_heads": 1,
@@ -145,26 +144,3 @@ def test_a_head_upon_the_backbone_takes_the_inputs_of_keras_hub():
 def test_the_settings_that_only_later_gemmas_vary_can_be_read():
     backbone = GemmaBackbone(50, 1, 2, 1, 16, 32, 8)
     assert backbone.query_head_dim_normalize is True and backbone.final_logit_soft_cap is None
-
-
-def test_an_export_that_keras_hub_would_write_wrongly_is_refused_before_a_file_is_written(tmp_path):
-    several_heads = GemmaBackbone(50, 1, 2, 2, 16, 32, 8)
-    too_wide = GemmaBackbone(50, 1, 2, 1, 24, 32, 8)
-    for model in (several_heads, too_wide, GemmaCausalLM(too_wide)):
-        with pytest.raises(ValueError, match="one key-value head"):
-            model.export_to_transformers(str(tmp_path / "exported"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_export_in_the_shape_of_2b_has_the_logits_of_transformers(tmp_path):
-    import torch
-    import transformers
-
-    backbone = GemmaBackbone(50, 2, 2, 1, 16, 32, 8)
-    GemmaCausalLM(backbone).export_to_transformers(str(tmp_path))
-    ids = np.arange(10, dtype="int32")[None]
-    with torch.no_grad(), torch.device("cpu"):
-        exported = transformers.GemmaForCausalLM.from_pretrained(tmp_path)
-        expected = exported(input_ids=torch.from_numpy(ids).long()).logits.numpy()
-    received = GemmaCausalLM(backbone)({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-    np.testing.assert_allclose(keras.ops.convert_to_numpy(received), expected, atol=1e-4)
