@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 from keras_gemma.data import packing
+from keras_gemma.data import record_formats
 from keras_gemma.data import sources
 from keras_gemma.data import text_checks
 from keras_gemma.data.extras import required
@@ -90,6 +91,7 @@ def _readable(example):
         )
     if not isinstance(example, dict):
         return example
+    example = record_formats.tuning_fields(example)
     # Tables have a null where a row goes without a field of others.
     present = {name for name, value in example.items() if not text_checks.is_missing(value)}
     for names in (present, set(example)):

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 
 from keras_gemma.data import batches
+from keras_gemma.data import record_formats
 from keras_gemma.data import sources
 from keras_gemma.data import text_checks
 from keras_gemma.data.batches import count_examples
@@ -85,8 +86,9 @@ def tuning_examples(source, preprocessor, filters=(), progress=None):
 
     Args:
         source: `{"prompts": [...], "responses": [...]}`, a list or an iterable of `{"prompts", "responses"}`,
-            `{"messages"}` or dialogues, or a Grain `MapDataset` of these, such as `from_jsonl`, `from_parquet` and
-            `from_tfds` give. Further fields are left aside.
+            `{"messages"}`, dialogues, or records of TRL, Alpaca and ShareGPT (see `record_formats`), or a Grain
+            `MapDataset` of these, such as `from_jsonl`, `from_parquet` and `from_tfds` give. Further fields are left
+            aside.
         preprocessor: a `GemmaCausalLMPreprocessor`, whose `sequence_length` is the longest row.
         filters: functions of what the user says and what the model answers in an example to a reason, or to `None`;
             see `keras_gemma.data.filters`.
@@ -126,7 +128,8 @@ def preference_pairs(source, preprocessor, filters=(), progress=None):
 
     Args:
         source: as of `tuning_examples`, with the fields `prompts`, `chosen`, `rejected`, and `margins` where there are
-            any. Prompts are strings, or dialogues that end with the user.
+            any. Prompts are strings, or dialogues that end with the user; answers are strings or messages, which may
+            repeat the prompt (see `record_formats.pair`).
         preprocessor: a `GemmaRewardModelPreprocessor`, whose `sequence_length` is the longest row.
         filters: as of `tuning_examples`, asked about both answers.
         progress: as of `tuning_examples`.
@@ -196,26 +199,30 @@ def _read_tuning(example):
         example = {"messages": example}
     if not isinstance(example, dict):
         return "neither prompt and response nor a dialogue", None
+    try:
+        example = record_formats.tuning_fields(example)
+    except ValueError as error:
+        return str(error).split(" Received")[0], None
     # Tables have a null where a row goes without a field of others.
     present = {name for name, value in example.items() if not text_checks.is_missing(value)}
     fields = next((fields for names in (present, set(example)) for fields in FIELDS if fields <= names), None)
     if fields is None:
         return "missing fields: 'prompts' and 'responses', or 'messages'", None
     if "messages" in fields:
-        return _read_dialogue(example["messages"])
-    return _read_texts({name: example[name] for name in ("prompts", "responses")})
+        return _read_dialogue(record_formats.messages(example["messages"]))
+    return _read_prompt_and_answers({name: example[name] for name in ("prompts", "responses")})
 
 
 def _read_pair(example):
     """As `_read_tuning`, of a pair of answers."""
-    example = text_checks.plain(example)
+    try:
+        example = record_formats.pair(text_checks.plain(example))
+    except ValueError as error:
+        return str(error).split(" Received")[0], None
     if not isinstance(example, dict) or not set(PAIR_FIELDS) <= set(example):
         return f"missing fields: {', '.join(map(repr, PAIR_FIELDS))}", None
     pair = {name: example[name] for name in (*PAIR_FIELDS, "margins") if name in example}
-    is_dialogue = isinstance(pair["prompts"], list)
-    reason, texts = _read_texts({name: pair[name] for name in PAIR_FIELDS if not (is_dialogue and name == "prompts")})
-    if is_dialogue and not reason:
-        reason, texts["prompts"] = _read_dialogue(pair["prompts"])
+    reason, texts = _read_prompt_and_answers({name: pair[name] for name in PAIR_FIELDS})
     if reason:
         return reason, None
     margin = pair.get("margins", 0.0)
@@ -224,6 +231,17 @@ def _read_pair(example):
     if texts["chosen"].strip() == texts["rejected"].strip():
         return "equal answers", None
     return None, {**pair, **texts}
+
+
+def _read_prompt_and_answers(values):
+    """As `_read_texts`, of a prompt, which may be a dialogue, and its answers."""
+    prompt = values["prompts"]
+    is_dialogue = isinstance(prompt, list)
+    reason, texts = _read_texts({name: text for name, text in values.items() if name != "prompts" or not is_dialogue})
+    if is_dialogue and not reason:
+        reason, dialogue = _read_dialogue(prompt)
+        texts = {"prompts": dialogue, **texts}
+    return reason, texts
 
 
 def _read_texts(values):
@@ -292,8 +310,9 @@ def _refused_pair(pair, preprocessor, filters):
 def _sides(example):
     """What the user says and what the model answers, a string each."""
     if isinstance(example, dict):
-        return example["prompts"], example["responses"]
+        prompt = example["prompts"]
+        return prompt if isinstance(prompt, str) else _sides(prompt)[0], example["responses"]
     sides = {"user": [], "model": []}
-    for turn, message in enumerate(example):
-        sides["model" if turn % 2 else "user"].append(message["content"])
+    for message in example:
+        sides["model" if message["role"] in ("model", "assistant") else "user"].append(message["content"])
     return "\n".join(sides["user"]), "\n".join(sides["model"])

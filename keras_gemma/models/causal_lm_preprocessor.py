@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 
 from keras_gemma import checkpoints
+from keras_gemma.data import record_formats
 from keras_gemma.data import text_checks
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
@@ -49,8 +50,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     Call arguments:
         x: for pretraining strings; for tuning `{"prompts": [...], "responses": [...]}` or dialogues, each a
-            list of `{"role", "content"}` messages (or `{"messages": [...]}`). A single example gives a single
-            row. Works on Python and NumPy input, and inside Grain and `tf.data` pipelines.
+            list of `{"role", "content"}` messages (or `{"messages": [...]}`); or records of TRL, Alpaca and ShareGPT,
+            see `keras_gemma.data.record_formats`. A single example gives a single row. Works on Python and NumPy input,
+            and inside Grain and `tf.data` pipelines.
         y: must be `None`; the labels are the next tokens.
         sample_weight: optional float `[B]`, a weight for each example.
         sequence_length: optional int in place of the layer's own.
@@ -384,14 +386,14 @@ def examples_of(x):
         return [text_checks.text(x)], False
     if not x:
         raise ValueError("A batch needs at least one example. Received an empty one.")
-    if text_checks.is_message(x[0]):
-        return [x], False
+    if record_formats.is_dialogue(x):
+        return [record_formats.messages(x)], False
     return text_checks.each(_example, x), True
 
 
 def _example(element):
-    if isinstance(element, list) and element and text_checks.is_message(element[0]):
-        return element
+    if record_formats.is_dialogue(element):
+        return record_formats.messages(element)
     if isinstance(element, dict):
         examples, batched = _examples_of_fields(element)
         if not batched:
@@ -405,11 +407,12 @@ def _example(element):
 
 
 def _examples_of_fields(fields):
+    fields = record_formats.tuning_fields(fields)
     if set(fields) == {"messages"}:
         return examples_of(fields["messages"])
     if not {"prompts"} <= set(fields) <= {"prompts", "responses"}:
         raise ValueError(
-            "The fields of an example are 'prompts' and 'responses', or 'messages'. "
+            f"The fields of an example are 'prompts' and 'responses', or 'messages'; {record_formats.KNOWN}. "
             f"Received: {', '.join(map(repr, fields))}"
         )
     columns = {name: examples_of(value) for name, value in fields.items()}

@@ -6,6 +6,7 @@ from keras import ops
 from keras_gemma import checkpoints
 from keras_gemma import data
 from keras_gemma import distribution
+from keras_gemma.data import record_formats
 from keras_gemma.generation.buckets import bucket
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.description import described
@@ -186,8 +187,9 @@ class GemmaRewardModel(keras_hub.models.Task):
         """Trains on pairs of answers.
 
         Args:
-            x: `{"prompts", "chosen", "rejected"}` of lists, optionally with `"margins"`, a list of such examples, or
-                batches of them as of `GemmaCausalLM.fit`; without a preprocessor, the arrays that it gives.
+            x: `{"prompts", "chosen", "rejected"}` of lists, optionally with `"margins"`, a list of such examples
+                (strings or messages, with the prompt beside or within the answers; see `GemmaRewardModelPreprocessor`),
+                or batches of them as of `GemmaCausalLM.fit`; without a preprocessor, the arrays that it gives.
             y: must be `None`, but beside arrays: the margins.
             batch_size: int, pairs of a step.
             sample_weight, validation_data, validation_split, validation_batch_size, shuffle, **kwargs: as of
@@ -408,6 +410,7 @@ def _as_columns(x):
     """A list of examples as a dict of lists; anything else as it is."""
     if not isinstance(x, list) or not x or not isinstance(x[0], dict):
         return x
+    x = [record_formats.pair(example) for example in x]
     missing = [i for i, example in enumerate(x) if set(example) != set(x[0])]
     if missing:
         raise ValueError(f"Pairs have the same fields. Received: {sorted(x[0])}, and {sorted(x[missing[0]])}")

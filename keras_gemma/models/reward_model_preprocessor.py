@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 
+from keras_gemma.data import record_formats
 from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
@@ -20,7 +21,8 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
 
     Call arguments:
         x: `{"prompts": [...], "chosen": [...], "rejected": [...]}` and optionally `"margins"`; prompts are strings or
-            dialogues that end with the user, answers are strings.
+            dialogues that end with the user, answers are strings, or messages, which may repeat the prompt (see
+            `keras_gemma.data.record_formats.pair`).
         y: must be `None`.
         sample_weight: optional float `[B]`.
 
@@ -55,7 +57,7 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": mask}, margins, weights.astype("float32")
 
     def _columns(self, x):
-        x = text_checks.fields(x) if text_checks.is_fields(x) else x
+        x = record_formats.pair_columns(text_checks.plain(text_checks.fields(x)) if text_checks.is_fields(x) else x)
         if not isinstance(x, dict) or not set(PAIR_FIELDS) <= set(x) <= {*PAIR_FIELDS, "margins"}:
             received = ", ".join(map(repr, x)) if isinstance(x, dict) else text_checks.shown(x)
             raise ValueError(
@@ -84,15 +86,15 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
 
         Args:
             prompt: a string, or a dialogue that ends with the user.
-            answer: a string.
+            answer: a string, or the assistant's message, which may stand in a list.
 
         Raises:
-            ValueError: for a dialogue that Gemma's format refuses, and an answer that is no string.
+            ValueError: for a dialogue that Gemma's format refuses, and an answer that is neither.
         """
-        answer, prompt = text_checks.text(answer, "An answer"), text_checks.plain(prompt)
-        if not isinstance(prompt, list):
-            return self.row({"prompts": text_checks.text(prompt, "A prompt"), "responses": answer}).ids
-        row = self.row([*prompt, {"role": "model", "content": answer}])
+        answer = text_checks.text(record_formats.answer_of(text_checks.plain(answer)), "An answer")
+        prompt = record_formats.messages(text_checks.plain(prompt))
+        prompt = prompt if isinstance(prompt, list) else text_checks.text(prompt, "A prompt")
+        row = self.row({"prompts": prompt, "responses": answer})
         # The line break after the turn is nobody's.
         return row.ids[: len(row.ids) - row.learned[::-1].index(True)]
 

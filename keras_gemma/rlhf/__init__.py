@@ -12,6 +12,7 @@ from keras_gemma.rlhf.objectives import AdaptiveCoefficient
 from keras_gemma.rlhf.objectives import clipped_losses
 from keras_gemma.rlhf.objectives import dpo_losses
 from keras_gemma.rlhf.objectives import importance_ratios
+from keras_gemma.rlhf.objectives import ipo_losses
 from keras_gemma.rlhf.objectives import leave_one_out
 from keras_gemma.rlhf.objectives import reinforce_losses
 from keras_gemma.rlhf.objectives import sequence_kl
@@ -31,6 +32,7 @@ __all__ = [
     "clipped_losses",
     "dpo_losses",
     "importance_ratios",
+    "ipo_losses",
     "leave_one_out",
     "ppo_trainer",
     "reinforce_losses",

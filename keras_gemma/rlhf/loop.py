@@ -29,7 +29,7 @@ class Progress(keras.callbacks.ProgbarLogger):
 
 
 def _shown(logs):
-    return {name: logs[name] for name in SHOWN if name in logs}
+    return {name: logs[name] for name in SHOWN if name in logs and not math.isnan(logs[name])}
 
 
 class Loop:
@@ -40,6 +40,7 @@ class Loop:
             `policy`, a compiled model;
             `reference`, a list of arrays that `policy` began as;
             `step`, an int, the steps made, and `make_step()`, which makes one and returns a dict of floats;
+            `validate()`, which returns a dict of floats at the end of an epoch, empty where there is nothing to say;
             `settings()`, what it was made with, for json: a checkpoint of another one is refused;
             `state()`, what it knows besides, for json, and `restore(state, reference)`.
         data: what the steps are made of, for json. A checkpoint of other data is refused.
@@ -61,7 +62,7 @@ class Loop:
         self.epochs = epochs
         self.save_every = save_every
         self.epoch = self.index = 0
-        self.sums = {}
+        self.sums, self.counts = {}, {}
         self._data = hashlib.sha256(json.dumps(data).encode()).hexdigest()
         self._saved_step = 0
         self._folder = None if checkpoints is None else CheckpointFolder(checkpoints, keep=2)
@@ -106,13 +107,13 @@ class Loop:
 
     def _run_epoch(self):
         if not self.index:
-            self.sums = {}
+            self.sums, self.counts = {}, {}
             self._callbacks.on_epoch_begin(self.epoch)
         while self.index < self.steps and not self.trainer.policy.stop_training:
             self._run_step()
-        # A callback may have ended the epoch early.
-        means = {name: value / self.index for name, value in self.sums.items()}
-        self._callbacks.on_epoch_end(self.epoch, means)
+        # A callback may have ended the epoch early; and there are steps without a reward.
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        self._callbacks.on_epoch_end(self.epoch, {**means, **self.trainer.validate()})
         self.epoch, self.index = self.epoch + 1, 0
         if self.epoch == self.epochs or self.trainer.policy.stop_training or self._is_due():
             self._save()
@@ -128,13 +129,19 @@ class Loop:
         self._last = self.epoch, self.index
         if not math.isfinite(logs["loss"]):
             raise self._not_finite("the loss")
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in logs.items()}
+        self._add(logs)
         self._callbacks.on_train_batch_end(self.index, logs)
         self.index += 1
         if self._is_due() and self.index < self.steps:
             self._save()
         if self._folder:
             self._folder.check()
+
+    def _add(self, logs):
+        for name, value in logs.items():
+            if not math.isnan(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
 
     def _is_due(self):
         return self.trainer.step % self.save_every == 0
@@ -163,6 +170,7 @@ class Loop:
 
     def _restore(self, step, run, host):
         self.epoch, self.index, self.sums = run["epoch"], run["index"], run["sums"]
+        self.counts = run.get("counts", dict.fromkeys(self.sums, self.index))
         if self.index:
             # What callbacks do at the beginning of an epoch is undone by what they knew.
             self._callbacks.on_epoch_begin(self.epoch)
@@ -189,6 +197,7 @@ class Loop:
             "epoch": self.epoch,
             "index": self.index,
             "sums": self.sums,
+            "counts": self.counts,
             "stopped": bool(self.trainer.policy.stop_training),
             "trainer": self.trainer.state(),
             "callbacks": self._states.plain(),

@@ -24,16 +24,17 @@ def sequence_kl(logps, reference_logps, mask):
     return ops.sum(ops.multiply(ops.subtract(logps, reference_logps), ops.cast(mask, "float32")), axis=-1)
 
 
-def leave_one_out(rewards, group_size):
+def leave_one_out(rewards, group_size, given=None):
     """Rewards minus the mean of the other responses to the same prompt (Kool et al. 2019; Ahmadian et al.,
     arXiv 2402.14740, equation 6).
 
     Args:
         rewards: float tensor `[N]`, responses to one prompt beside each other.
         group_size: int from 2, `G`.
+        given: optional tensor `[N]`, 1 where a response has a reward. Those without have no part in the mean.
 
     Returns:
-        Float32 tensor `[N]`.
+        Float32 tensor `[N]`; 0 for responses without a reward, and for the only one of a prompt that has one.
 
     Raises:
         ValueError: for groups of one, and a number of rewards that they do not divide.
@@ -51,9 +52,20 @@ def leave_one_out(rewards, group_size):
             "Leaving one out takes groups of at least 2 responses, all of one size. "
             f"Received: {rewards.shape[0]} responses in groups of {group_size}"
         )
+    if given is not None:
+        return _leave_one_out_of_given(rewards, group_size, given)
     groups = ops.reshape(rewards, (-1, group_size))
     others = (ops.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)
     return ops.reshape(groups - others, (-1,))
+
+
+def _leave_one_out_of_given(rewards, group_size, given):
+    given = ops.reshape(ops.cast(given, "bool"), (-1, group_size))
+    groups = ops.where(given, ops.reshape(rewards, (-1, group_size)), 0.0)
+    others = ops.sum(ops.cast(given, "float32"), axis=1, keepdims=True) - 1.0
+    means = (ops.sum(groups, axis=1, keepdims=True) - groups) / ops.maximum(others, 1.0)
+    compared = ops.logical_and(given, others > 0)
+    return ops.reshape(ops.where(compared, groups - means, 0.0), (-1,))
 
 
 def reinforce_losses(logps, advantages, mask):
@@ -113,19 +125,60 @@ def importance_ratios(logps, sampled_logps, mask, clip):
     return {"ratio": ops.sum(ratios * mask, axis=-1) / lengths, "clipped": ops.sum(far * mask, axis=-1) / lengths}
 
 
-def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
+def dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta, label_smoothing=0.0):
     """`-log σ(β (log π/π_ref of the chosen - log π/π_ref of the rejected))` (Rafailov et al., arXiv 2305.18290,
     equation 7).
+
+    With `label_smoothing` ε the loss is `(1 - ε) · loss + ε · loss with the answers exchanged`, for pairs of which a
+    share ε is the wrong way round (conservative DPO; Mitchell 2023, "A note on DPO with noisy preferences").
 
     Args:
         chosen, rejected, reference_chosen, reference_rejected: float tensors `[N]`, log-probabilities of whole
             responses.
         beta: float. The larger, the closer to the reference.
+        label_smoothing: float from 0 to below 0.5.
 
     Returns:
         Float32 tensor `[N]`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.rlhf import dpo_losses
+    >>> equal = np.zeros(1, "float32")
+    >>> np.round(np.array(dpo_losses(equal, equal, equal, equal, beta=0.1)), 4)
+    array([0.6931], dtype=float32)
     """
-    return ops.softplus(ops.multiply(-beta, ahead(chosen, rejected, reference_chosen, reference_rejected)))
+    gains = ops.multiply(beta, ahead(chosen, rejected, reference_chosen, reference_rejected))
+    losses = ops.softplus(-gains)
+    if not label_smoothing:
+        return losses
+    return (1.0 - label_smoothing) * losses + label_smoothing * ops.softplus(gains)
+
+
+def ipo_losses(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """`(log π/π_ref of the chosen - log π/π_ref of the rejected - 1 / (2β))²` (Azar et al., arXiv 2310.12036, equation
+    17, whose τ is β here).
+
+    A pair is learned until its chosen answer is `1 / (2β)` nats ahead, and no further. As in the paper,
+    log-probabilities are of whole responses.
+
+    Args:
+        chosen, rejected, reference_chosen, reference_rejected, beta: as of `dpo_losses`.
+
+    Returns:
+        Float32 tensor `[N]`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_gemma.rlhf import ipo_losses
+    >>> equal = np.zeros(1, "float32")
+    >>> np.array(ipo_losses(equal, equal, equal, equal, beta=0.5))
+    array([1.], dtype=float32)
+    """
+    gains = ahead(chosen, rejected, reference_chosen, reference_rejected)
+    return ops.square(ops.subtract(gains, 1.0 / (2.0 * beta)))
 
 
 def ahead(chosen, rejected, reference_chosen, reference_rejected):

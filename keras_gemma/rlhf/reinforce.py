@@ -4,13 +4,16 @@ prompts ─→ rollouts ─→ rewards ─→ minus β · KL ─→ advantages �
 """
 
 import contextlib
+import math
 import time
+import warnings
 
 import jax
 import numpy as np
 
 from keras_gemma import generation
 from keras_gemma import startup
+from keras_gemma.data import record_formats
 from keras_gemma.data import text_checks
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rewards as rewarding
@@ -40,8 +43,11 @@ class ReinforceTrainer:
 
     Args:
         policy: a compiled `GemmaCausalLM` with a preprocessor, and without dropout.
-        reward: a `GemmaRewardModel` of the same vocabulary, or a callable from a list of prompts and responses,
-            lists of strings, to float rewards `[N]`.
+        reward: a `GemmaRewardModel` of the same vocabulary, or a callable from a list of prompts and one of responses
+            (strings) to rewards `[N]`: a list, or an array or tensor of any library. `None` in a list is no reward: the
+            response has no part in the baseline and in the update. Columns of the data reach parameters of their names.
+            The callable may be asynchronous, or return a list of awaitables. One of TRL's, with `completions` and
+            `**kwargs`, is called as TRL does.
         kl_coefficient: float, or an `AdaptiveCoefficient`.
         group_size: int, responses sampled for each prompt.
         baseline: `"leave_one_out"`, the mean of the other responses to the prompt, or `"moving_average"`, of earlier
@@ -58,7 +64,8 @@ class ReinforceTrainer:
         seed: int. Prompts' order and samples follow from it.
 
     Attributes:
-        samples: list of dicts of the last step, `prompt`, `response`, `reward`, `kl` and `ended`.
+        samples: list of dicts of the last step, `prompt`, `response`, `reward` (`None` where there is none), `kl` and
+            `ended`.
         step: int, steps made.
 
     Raises:
@@ -121,7 +128,7 @@ class ReinforceTrainer:
             "kl_coefficient": vars(self.kl_coefficient).copy(),
         }
         self._average = None
-        self._rows = []
+        self._rows, self._columns = [], {}
         self._stop_token_ids = list(policy.preprocessor.tokenizer.stop_token_ids)
 
     # === The loop ===
@@ -145,7 +152,8 @@ class ReinforceTrainer:
         not, but for Python's, NumPy's and Keras' global random numbers.
 
         Args:
-            prompts: list of strings, or of dialogues that end with the user.
+            prompts: list of strings, or of dialogues that end with the user; or a list of records with `prompt` and
+                further fields, or a dict of such columns: a reward callable is handed those it has parameters for.
             batch_size: int, prompts of a step; each has `group_size` responses.
             steps: optional int, steps of an epoch. By default one pass over the prompts, without a last, smaller batch.
             epochs: int.
@@ -156,22 +164,28 @@ class ReinforceTrainer:
 
         Returns:
             A `keras.callbacks.History` with the mean over each epoch of `reward`, `reward_std`, `penalised_reward`,
-            `kl` (nats of a response), `kl_per_token`, `kl_coefficient`, `entropy` (nats of a token), `response_length`,
-            `ended` and `cut_off` (shares), `equal_groups` (the share of prompts whose responses are all rewarded
-            alike, which teach nothing but the KL), `gradient_norm`, `loss`, `rollout_seconds`, `score_seconds` and
-            `update_seconds`; with `clip`, of the last update, `ratio` (mean importance ratio of a token) and `clipped`
+            `rewarded` (the share of responses that have a reward), `kl` (nats of a response), `kl_per_token`,
+            `kl_coefficient`, `entropy` (nats of a token), `response_length`, `ended` and `cut_off` (shares),
+            `equal_groups` (the share of prompts whose responses are all rewarded alike, which teach nothing but the
+            KL), `gradient_norm`, `loss`, `rollout_seconds`, `score_seconds` and `update_seconds`;
+            with `clip`, of the last update, `ratio` (mean importance ratio of a token) and `clipped`
             (share of tokens).
 
         Raises:
-            ValueError: for no prompts, empty ones, those that leave no room, and rewards that are not one finite number
-                for each response.
+            ValueError: for no prompts, empty ones, those that leave no room, columns that the reward needs and the data
+                lack, and rewards that are neither one finite number nor `None` for each response.
             DamagedCheckpointError, ForeignCheckpointError, CheckpointNotSavedError: about checkpoints.
             NonFiniteLossError: at a loss or a weight that is NaN or infinite.
         """
+        prompts, self._columns = record_formats.prompts_and_columns(text_checks.plain(prompts))
         self._rows, self._batch_size = self._checked(prompts, batch_size), batch_size
         self._prompts = prompts = _plain_prompts(prompts)
+        if not self._has_reward_model:
+            rewarding.refuse_missing_columns(self.reward, self._columns)
         steps = steps or len(prompts) // batch_size
         data = {"prompts": self._rows, "batch_size": batch_size}
+        if self._columns:
+            data["columns"] = repr(self._columns)
         return Loop(self, data, steps, epochs, callbacks, verbose, checkpoints, save_every_steps).run()
 
     def _checked(self, prompts, batch_size):
@@ -227,7 +241,12 @@ class ReinforceTrainer:
         number, place = divmod(self.step, steps_of_pass)
         order = np.random.default_rng((self.seed, number)).permutation(len(self._prompts))
         chosen = order[place * self._batch_size : (place + 1) * self._batch_size]
-        return self.train_on([self._prompts[i] for i in chosen], [self._rows[i] for i in chosen])
+        columns = {name: [values[i] for i in chosen] for name, values in self._columns.items()}
+        return self.train_on([self._prompts[i] for i in chosen], [self._rows[i] for i in chosen], columns)
+
+    def validate(self):
+        """Nothing: rewards are seen at every step."""
+        return {}
 
     # === What a checkpoint has ===
 
@@ -263,16 +282,17 @@ class ReinforceTrainer:
 
     def rollouts(self, prompts, seed, of_reference=False):
         """As `sample`, as token ids: `Rollouts`."""
-        token_ids = self.prompt_rows(prompts)
+        token_ids = self.prompt_rows(record_formats.prompts_and_columns(prompts)[0])
         with self.update.as_reference() if of_reference else contextlib.nullcontext():
             return self._rollouts(token_ids, 1, seed)
 
-    def train_on(self, prompts, token_ids):
+    def train_on(self, prompts, token_ids, columns=None):
         """Makes one step.
 
         Args:
             prompts: list of strings or dialogues.
             token_ids: list of lists of ints, of the same prompts.
+            columns: optional dict of lists, what else is known of each prompt.
 
         Returns:
             A dict of floats, as of `fit`.
@@ -280,34 +300,42 @@ class ReinforceTrainer:
         began = time.monotonic()
         seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0] >> 1)
         rollouts = self._rollouts(token_ids, self.group_size, seed)
-        prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
+        prompts = self._for_each_response(prompts)
+        columns = {name: self._for_each_response(values) for name, values in (columns or {}).items()}
         texts = self.policy.preprocessor.decode_rows(rollouts.responses)
         sampled = time.monotonic()
-        rewards = rewarding.of_rollouts(self.reward, self.policy, prompts, texts, rollouts, self.microbatch_size)
+        rewards = rewarding.of_rollouts(
+            self.reward, self.policy, prompts, texts, rollouts, self.microbatch_size, columns
+        )
+        given = ~np.isnan(rewards)
+        learned = self._learned(given)
         batch = placed(rollouts.microbatches(self.microbatch_size))
         batch["reference_logps"] = self.update.reference_log_probabilities(batch)
         coefficient, penalties = self.kl_coefficient.value, self.penalty_without_end * ~rollouts.ended
-        batch["rewards"] = rows.in_rows(rewards - penalties - self._expected(), batch)
+        batch["rewards"] = rows.in_rows(np.where(given, rewards - penalties - self._expected(), 0.0), batch)
+        if not learned.all():
+            batch["given"] = rows.in_rows(given, batch)
+            batch["row_weights"] = rows.in_rows(learned / max(learned.sum(), 1), batch)
         batch["kl_coefficients"] = rows.in_rows(np.full(len(rollouts), coefficient), batch)
-        if not self._learns_in_one_pass(batch):
+        if not self._learns_in_one_pass(batch) and learned.any():
             self._score_first(batch, len(rollouts))
         jax.block_until_ready(batch)
         scored = time.monotonic()
-        of_update, of_rows = self.update.step(batch)
-        for _ in range(self.updates - 1):
-            of_update, _ = self.update.step(batch)
+        of_update, of_rows = self._updated(batch) if learned.any() else self._without_update(batch)
         of_rows = on_host(of_rows)
         kl, entropies = (rows.of_responses(of_rows[name], len(rollouts)) for name in ("kl", "entropies"))
         penalised = rewards - coefficient * kl - penalties
-        self._expect(float(penalised.mean()))
+        if given.any():
+            self._expect(_mean(penalised))
         self.kl_coefficient.update(float(kl.mean()))
         self.step += 1
         self._remember(prompts, texts, rollouts, rewards, kl)
         actions = rollouts.lengths.sum()
         return {
-            "reward": float(rewards.mean()),
-            "reward_std": float(rewards.std()),
-            "penalised_reward": float(penalised.mean()),
+            "reward": _mean(rewards),
+            "reward_std": float(rewards[given].std()) if given.any() else math.nan,
+            "rewarded": float(given.mean()),
+            "penalised_reward": _mean(penalised),
             "kl": float(kl.mean()),
             "kl_per_token": float(kl.sum() / actions),
             "kl_coefficient": coefficient,
@@ -315,12 +343,43 @@ class ReinforceTrainer:
             "response_length": float(rollouts.lengths.mean()),
             "ended": float(rollouts.ended.mean()),
             "cut_off": float(1 - rollouts.ended.mean()),
-            "equal_groups": float((np.ptp(rewards.reshape(-1, self.group_size), axis=1) == 0).mean()),
+            "equal_groups": _equal_groups(rewards.reshape(-1, self.group_size)),
             **of_update,
             "rollout_seconds": sampled - began,
             "score_seconds": scored - sampled,
             "update_seconds": time.monotonic() - scored,
         }
+
+    def _for_each_response(self, values):
+        return [value for value in values for _ in range(self.group_size)]
+
+    def _learned(self, given):
+        """Which responses are learned from: those with a reward that has something to be compared with."""
+        if self.baseline != "leave_one_out":
+            return given
+        groups = given.reshape(-1, self.group_size)
+        return (groups & (groups.sum(axis=1, keepdims=True) > 1)).reshape(-1)
+
+    def _updated(self, batch):
+        """Makes the updates of a step. Returns what the last one logs, and what the first says of rows."""
+        of_update, of_rows = self.update.step(batch)
+        for _ in range(self.updates - 1):
+            of_update, _ = self.update.step(batch)
+        return of_update, of_rows
+
+    def _without_update(self, batch):
+        """As `_updated`, where no response has a reward that says anything."""
+        warnings.warn(
+            f"Nothing is learned from step {self.step}: the reward is None for all of its responses, or for all but "
+            "one of each prompt.",
+            stacklevel=2,
+        )
+        logps, entropies = self.update.log_probabilities(batch)
+        kl = objectives.sequence_kl(logps, batch["reference_logps"], batch["mask"])
+        as_it_was = {"loss": 0.0, "gradient_norm": 0.0}
+        if self.clip is not None:
+            as_it_was |= {"ratio": 1.0, "clipped": 0.0}
+        return as_it_was, {"kl": kl, "entropies": (entropies * batch["mask"]).sum(axis=-1)}
 
     def _rollouts(self, token_ids, group_size, seed):
         return rolling.sample(
@@ -344,14 +403,15 @@ class ReinforceTrainer:
         logps, batch["entropies"] = self.update.log_probabilities(batch)
         kl = objectives.sequence_kl(logps, batch["reference_logps"], batch["mask"])
         penalised = batch["rewards"] - batch["kl_coefficients"] * on_host(kl)
-        advantages = self._advantages(rows.of_responses(penalised, count))
+        given = rows.of_responses(on_host(batch["given"]), count) if "given" in batch else None
+        advantages = self._advantages(rows.of_responses(penalised, count), given)
         batch["advantages"] = rows.in_rows(np.asarray(advantages), batch)
         # The only update begins with the weights that sampled; of several, each has its own.
         batch["logps" if self.clip is None else "sampled_logps"] = logps
 
-    def _advantages(self, penalised):
+    def _advantages(self, penalised, given=None):
         if self.baseline == "leave_one_out":
-            return objectives.leave_one_out(penalised, self.group_size)
+            return objectives.leave_one_out(penalised, self.group_size, given)
         # What was expected is subtracted from the rewards already.
         return penalised
 
@@ -366,7 +426,13 @@ class ReinforceTrainer:
 
     def _remember(self, prompts, texts, rollouts, rewards, kl):
         self.samples = [
-            {"prompt": prompt, "response": text, "reward": float(reward), "kl": float(one_kl), "ended": bool(ended)}
+            {
+                "prompt": prompt,
+                "response": text,
+                "reward": None if math.isnan(reward) else float(reward),
+                "kl": float(one_kl),
+                "ended": bool(ended),
+            }
             for prompt, text, reward, one_kl, ended in zip(prompts, texts, rewards, kl, rollouts.ended)
         ]
 
@@ -380,7 +446,8 @@ class ReinforceTrainer:
         if "advantages" in microbatch:
             advantages = microbatch["advantages"]
         else:
-            advantages = self._advantages(microbatch["rewards"] - microbatch["kl_coefficients"] * kl)
+            penalised = microbatch["rewards"] - microbatch["kl_coefficients"] * kl
+            advantages = self._advantages(penalised, microbatch.get("given"))
         if self.clip is None:
             return (weights * objectives.reinforce_losses(logps, advantages, mask)).sum(), {}, of_rows
         losses = objectives.clipped_losses(logps, sampled, advantages, mask, self.clip)
@@ -390,6 +457,18 @@ class ReinforceTrainer:
 
 def _plain_prompts(prompts):
     return [prompt.decode() if isinstance(prompt, bytes) else prompt for prompt in text_checks.plain(prompts)]
+
+
+def _mean(values):
+    """The mean of those that are known, NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _equal_groups(groups):
+    """The share of groups whose known rewards are all alike, of those that have any."""
+    known = [group[~np.isnan(group)] for group in groups]
+    return _mean(np.array([np.ptp(group) == 0 if len(group) else math.nan for group in known], "float64"))
 
 
 def rloo_trainer(policy, reward, group_size=4, **kwargs):

@@ -84,7 +84,7 @@ def table(samples):
     for one in samples:
         prompt, response = (_in_a_cell(one[name]) for name in ("prompt", "response"))
         ended = "yes" if one["ended"] else "cut off"
-        lines.append(f"| {prompt} | {response} | {one['reward']:.3f} | {one['kl']:.3f} | {ended} |")
+        lines.append(f"| {prompt} | {response} | {_reward_in_a_cell(one['reward'])} | {one['kl']:.3f} | {ended} |")
     return "\n".join(lines)
 
 
@@ -127,6 +127,10 @@ def _draw_win_rates(axes, steps):
     )
     right.set_ylim(0, 1)
     right.set_ylabel("win rate against the reference (dotted)")
+
+
+def _reward_in_a_cell(reward):
+    return "none" if reward is None else f"{reward:.3f}"
 
 
 def _in_a_cell(text):

@@ -8,6 +8,8 @@ import math
 import keras
 import numpy as np
 
+from keras_gemma.data import record_formats
+from keras_gemma.data import text_checks
 from keras_gemma.distribution import whole
 from keras_gemma.rlhf import rewards
 
@@ -70,7 +72,7 @@ class SideBySide(keras.callbacks.Callback):
             rewards.refuse_other_vocabulary(trainer.policy, rater)
         self.trainer = trainer
         self.rater = rater
-        self.prompts = prompts
+        self.prompts, _ = record_formats.prompts_and_columns(text_checks.plain(prompts))
         self.every = every
         self.tolerance = tolerance
         self.patience = patience
@@ -89,7 +91,9 @@ class SideBySide(keras.callbacks.Callback):
         self._of_reference = None
 
     def on_train_batch_end(self, batch, logs=None):
-        self._rewards.append(logs["reward"])
+        # A step whose responses have no reward says nothing of it.
+        if not math.isnan(logs["reward"]):
+            self._rewards.append(logs["reward"])
         if self.trainer.step % self.every == 0:
             self._judge()
         if self.judgements:
@@ -111,7 +115,7 @@ class SideBySide(keras.callbacks.Callback):
         low, high = win_rate_interval(ratings)
         judgement = {
             "step": self.trainer.step,
-            "reward": float(np.mean(self._rewards)),
+            "reward": float(np.mean(self._rewards)) if self._rewards else math.nan,
             "win_rate": float(np.mean(ratings)),
             "low": low,
             "high": high,
@@ -152,7 +156,7 @@ class SideBySide(keras.callbacks.Callback):
         if self._reads_tokens:
             size = self.trainer.microbatch_size
             ours, theirs = (
-                rewards.checked(rewards.of_tokens(self.rater, policy, one, size), one.responses) for one in both
+                rewards.checked(rewards.of_tokens(self.rater, policy, one, size), texts=one.responses) for one in both
             )
             return np.where(ours == theirs, 0.5, ours > theirs).astype("float32")
         prompts = list(self.prompts)
@@ -164,7 +168,7 @@ class SideBySide(keras.callbacks.Callback):
                 raise ValueError(
                     f"A rating is one number from 0 to 1 for each of {len(texts)} pairs. Received: {given!r}"
                 )
-        return rewards.checked((as_first + 1 - as_second) / 2, texts)
+        return rewards.checked((as_first + 1 - as_second) / 2, texts=texts)
 
 
 def win_rate_interval(ratings):

@@ -85,6 +85,58 @@ def test_a_dialogue_learns_its_last_answer(model):
     assert chosen == model.preprocessor.tokenizer.encode("the") + end and rejected[-1:] == end
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def test_messages_and_implicit_prompts_are_the_rows_of_strings(model):
+    trainer = DPOTrainer(model)
+    model.preprocessor.sequence_length = 64
+    asked, yes, no = [said("user", "the")], [said("assistant", "of")], [said("assistant", "or")]
+    expected = trainer._rows_of(0, {"prompts": asked, "chosen": "of", "rejected": "or"})
+    for pair in (
+        {"prompt": asked, "chosen": yes, "rejected": no},
+        {"prompts": "the", "chosen": yes, "rejected": no},
+        {"chosen": asked + yes, "rejected": asked + no, "source": "x"},
+    ):
+        assert trainer._rows_of(0, pair) == expected
+    assert trainer._rows_of_all({"chosen": [asked + yes], "rejected": [asked + no]}) == [expected]
+    texts = {"prompt": "the", "chosen": " of", "rejected": " or"}
+    assert trainer._rows_of(0, {"chosen": "the of", "rejected": "the or"}) == trainer._rows_of(0, texts)
+    with pytest.raises(ValueError, match=r"begin with the same messages.*number 3"):
+        trainer._rows_of(3, {"chosen": yes, "rejected": no})
+
+
+def test_validation_is_reported_beside_training_and_learns_nothing(model):
+    trainer, unseen = DPOTrainer(model, beta=0.5), PAIRS[::-1]
+    before = model.get_weights()
+    at_first = trainer.evaluate(unseen, batch_size=2)
+    np.testing.assert_allclose(at_first["loss"], np.log(2), rtol=1e-6)
+    assert at_first["accuracy"] == 0.0 and trainer.step == 0
+    for one, other in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(one, other)
+    columns = {name: [pair[name] for pair in unseen] for name in unseen[0]}
+    history = trainer.fit(PAIRS, batch_size=3, epochs=2, verbose=0, validation_data=columns).history
+    at_last = trainer.evaluate(unseen, batch_size=2)
+    assert at_last.keys() == at_first.keys()
+    for name, value in at_last.items():
+        np.testing.assert_allclose(history[f"val_{name}"][-1], value, rtol=1e-5, atol=1e-6)
+    # What a step reports is what the weights before it said.
+    np.testing.assert_allclose(history["loss"][1], history["val_loss"][0], rtol=1e-5)
+    with pytest.raises(ValueError, match="at least one pair"):
+        trainer.evaluate([])
+
+
+@pytest.mark.parametrize(
+    "settings, expected", [({"label_smoothing": 0.2}, np.log(2)), ({"loss_type": "ipo", "beta": 0.25}, 4.0)]
+)
+def test_the_first_loss_of_each_kind_is_that_of_equal_answers(model, settings, expected):
+    trainer = DPOTrainer(model, **settings)
+    history = trainer.fit(PAIRS, batch_size=3, epochs=3, verbose=0).history
+    np.testing.assert_allclose(history["loss"][0], expected, rtol=1e-6)
+    assert history["loss"][2] < history["loss"][0] and settings.items() <= trainer.settings().items()
+
+
 @pytest.mark.parametrize(
     "pairs, part",
     [
@@ -101,4 +153,17 @@ def test_pairs_that_are_refused(model, pairs, part):
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"microbatch_size": 0}])
 def test_settings_that_are_refused(model, settings):
     with pytest.raises(ValueError, match="`beta` is above 0"):
+        DPOTrainer(model, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"loss_type": "hinge"}, "one of 'sigmoid', 'ipo'. Received: 'hinge'"),
+        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "alone"),
+    ],
+)
+def test_losses_that_are_refused(model, settings, part):
+    with pytest.raises(ValueError, match=part):
         DPOTrainer(model, **settings)

@@ -8,6 +8,7 @@ import pytest
 from keras_gemma.rlhf import AdaptiveCoefficient
 from keras_gemma.rlhf import clipped_losses
 from keras_gemma.rlhf import dpo_losses
+from keras_gemma.rlhf import ipo_losses
 from keras_gemma.rlhf import leave_one_out
 from keras_gemma.rlhf import reinforce_losses
 from keras_gemma.rlhf import sequence_kl
@@ -80,6 +81,12 @@ def test_direct_preferences():
     expected = -np.log(1 / (1 + np.exp(-gap)))
     received = np.array(dpo_losses(chosen, rejected, of_reference, of_reference, 0.1))
     np.testing.assert_allclose(received, expected, rtol=1e-5)
+    # A share of the pairs is the wrong way round.
+    exchanged = np.array(dpo_losses(rejected, chosen, of_reference, of_reference, 0.1))
+    smoothed = np.array(dpo_losses(chosen, rejected, of_reference, of_reference, 0.1, label_smoothing=0.2))
+    np.testing.assert_allclose(smoothed, 0.8 * expected + 0.2 * exchanged, rtol=1e-5)
+    of_margin = np.array(ipo_losses(chosen, rejected, of_reference, of_reference, 0.1))
+    np.testing.assert_allclose(of_margin, (gap / 0.1 - 5.0) ** 2, rtol=1e-5)
 
 
 def test_a_coefficient_that_follows_a_target():
