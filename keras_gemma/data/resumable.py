@@ -104,7 +104,8 @@ class IndexedBatches(keras.utils.PyDataset):
 
     @property
     def num_batches(self):
-        return None if self._endless else len(self._source)
+        """Of a pass that began before a crash, those that are left: an execution of several steps ends with them."""
+        return None if self._endless else len(self._source) - (self._first or 0) % len(self._source)
 
     def __getitem__(self, index):
         return self._batch((self._first or 0) + index)

@@ -40,7 +40,10 @@ class IteratedBatches(grain.IterDataset):
         self._drawn.forget(before=self._trained_count)
 
     def batches_of_epoch(self, steps):
-        return steps
+        """How many batches an epoch's first `steps` steps hold; the last execution of several may be short."""
+        if self._endless or not self._drawn.is_over:
+            return steps
+        return min(steps, self._first.batch + self._drawn.count)
 
     def state(self, place):
         # Without `steps_per_epoch` every epoch begins with a new iterator.
@@ -75,10 +78,11 @@ class _Drawn(grain.DatasetIterator):
         self._source = source
         self._endless = endless
         self._iterator = iter(source)
-        self._count = -1
+        self.is_over = False
+        self.count = -1
         self._kept = {}
         if start is None:
-            self._count = 0
+            self.count = 0
         else:
             self._iterator.set_state(json.loads(start["before"]))
             next(self)
@@ -90,13 +94,14 @@ class _Drawn(grain.DatasetIterator):
             batch = next(self._iterator)
         except StopIteration:
             if not self._endless:
+                self.is_over = True
                 raise
             self._iterator = iter(self._source)
             batch = next(self._iterator, None)
             if batch is None:
                 raise ValueError("A data set without batches cannot be trained on.") from None
-        self._count += 1
-        self._kept[self._count] = before, batch
+        self.count += 1
+        self._kept[self.count] = before, batch
         return batch
 
     def _state(self):

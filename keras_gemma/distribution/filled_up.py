@@ -203,11 +203,11 @@ class OwnShares(FilledUp):
             of_all = total // self._multiple * self._block_count
             rows.append((self._in_all_rows(np.arange(own), total), of_all))
             yield _own_parts(_with_rows_of_zeros(_with_weights(batch), total - own), of_all)
-        if self._steps is not None and len(rows) % self._steps:
+        # A run that goes on in the middle of a pass has what is left of it.
+        steps = self.num_batches or self._steps
+        if steps is not None and len(rows) % steps:
             # The others may have a batch, and would wait for this process in a step that it never begins.
-            raise ValueError(
-                f"A share lasts as long as its steps. Received: {len(rows)} batches for every {self._steps} steps"
-            )
+            raise ValueError(f"A share lasts as long as its steps. Received: {len(rows)} batches for every {steps} steps")
 
     def _with_largest(self):
         """Batches, how many rows they have, and how many the largest on any process has."""

@@ -100,17 +100,20 @@ class _ValuesOutOfTheModel:
         self._model._jax_state = None
 
     def _put_back(self):
-        import jax
-
-        values, self._values = self._values, None
-        if any(value.is_deleted() for value in jax.tree.leaves(values)):
-            raise RuntimeError(
-                "A device failed in the midst of a step, which had taken over the memory of the weights: they are "
-                "lost. Load the model again."
-            )
+        values, self._values = self._newest(), None
         for group, of_group in zip(self._groups, values):
             for variable, value in zip(self._variables(group), of_group):
                 variable.assign(value)
+
+    def _newest(self):
+        # A function that was made outside keeps nothing: there is what Keras remembers, after each execution.
+        for values in (self._values, tuple((self._model._jax_state or {}).values())):
+            if values and not any(value.is_deleted() for of_group in values for value in of_group):
+                return values
+        raise RuntimeError(
+            "A device failed in the midst of a step, which had taken over the memory of the weights: they are lost. "
+            "Load the model again."
+        )
 
     def _variables(self, group):
         return self._model.optimizer.variables if group == "optimizer_variables" else getattr(self._model, group)
