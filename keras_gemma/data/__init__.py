@@ -38,6 +38,11 @@ from keras_gemma.data.sources import from_jsonl
 from keras_gemma.data.sources import from_parquet
 from keras_gemma.data.sources import from_tfds
 from keras_gemma.data.sources import write_array_record
+from keras_gemma.data.token_checks import TokenRules
+from keras_gemma.data.token_checks import checked
+from keras_gemma.data.token_checks import is_iterator
+from keras_gemma.data.token_checks import refuse_ids_outside
+from keras_gemma.data.token_checks import refuse_rows_outside
 from keras_gemma.data.tuning import Dropped
 from keras_gemma.data.tuning import preference_pairs
 from keras_gemma.data.tuning import tuning_examples
@@ -46,6 +51,8 @@ __all__ = [
     "Dropped",
     "Place",
     "Stage",
+    "TokenRules",
+    "checked",
     "count_examples",
     "duplicates",
     "from_array_record",
@@ -53,12 +60,15 @@ __all__ = [
     "from_parquet",
     "from_tfds",
     "from_tokens",
+    "is_iterator",
     "mistaken_identity",
     "mixture",
     "packed",
     "personal_data",
     "preference_pairs",
     "preprocessed",
+    "refuse_ids_outside",
+    "refuse_rows_outside",
     "resumable",
     "split_off_validation",
     "tokenize_ahead",

@@ -112,18 +112,19 @@ class FilledUp(DataAdapter):
         multiple: int, what divides the rows of every batch afterwards.
 
     Attributes:
+        source: as given.
         rows: list of pairs: of each batch of the present pass the numbers of the rows that were there before, and how
             many rows it has on all processes together.
     """
 
     def __init__(self, source, multiple):
-        self._source = source
+        self.source = source
         self._multiple = multiple
         self.rows = []
 
     def get_jax_iterator(self):
         self.rows = rows = []
-        for batch in self._source.get_jax_iterator():
+        for batch in self.source.get_jax_iterator():
             own = count_rows(batch)
             total = own + -own % self._multiple
             rows.append((np.arange(own), total))
@@ -131,27 +132,27 @@ class FilledUp(DataAdapter):
 
     @property
     def num_batches(self):
-        return self._source.num_batches
+        return self.source.num_batches
 
     @property
     def batch_size(self):
-        size = self._source.batch_size
+        size = self.source.batch_size
         return size and size + -size % self._multiple
 
     @property
     def has_partial_batch(self):
-        return self._source.has_partial_batch
+        return self.source.has_partial_batch
 
     @property
     def partial_batch_size(self):
-        size = self._source.partial_batch_size
+        size = self.source.partial_batch_size
         return size and size + -size % self._multiple
 
     def on_epoch_begin(self):
-        self._source.on_epoch_begin()
+        self.source.on_epoch_begin()
 
     def on_epoch_end(self):
-        self._source.on_epoch_end()
+        self.source.on_epoch_end()
 
 
 class OwnRows(FilledUp):
@@ -207,15 +208,17 @@ class OwnShares(FilledUp):
         steps = self.num_batches or self._steps
         if steps is not None and len(rows) % steps:
             # The others may have a batch, and would wait for this process in a step that it never begins.
-            raise ValueError(f"A share lasts as long as its steps. Received: {len(rows)} batches for every {steps} steps")
+            raise ValueError(
+                f"A share lasts as long as its steps. Received: {len(rows)} batches for every {steps} steps"
+            )
 
     def _with_largest(self):
         """Batches, how many rows they have, and how many the largest on any process has."""
         if self._steps is None:
-            yield from _in_step(self._source.get_jax_iterator())
+            yield from _in_step(self.source.get_jax_iterator())
             return
         largest = None
-        for batch in self._source.get_jax_iterator():
+        for batch in self.source.get_jax_iterator():
             own = count_rows(batch)
             if largest is None:
                 largest = own

@@ -1,5 +1,6 @@
 import keras
 import keras_hub
+import numpy as np
 from keras import ops
 
 from keras_gemma import checkpoints
@@ -287,9 +288,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if validation_data is not None:
             validation_data = distribution.filled_up(validation_data, steps=kwargs.get("validation_steps"))
         kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
+            validation_data = data.checked(validation_data, self.token_rules)
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
+        x = data.checked(x, self.token_rules, shuffle_batches, kwargs.get("class_weight"))
         return in_whole_steps(keras.Model.fit)(
             self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
         )
@@ -298,7 +301,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
-            x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
             kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
@@ -308,7 +311,22 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         On several processes all rows on each of them; of a share that a process reads, its own.
         """
         batches = distribution.filled_up(self._batches(x, None, None, batch_size), steps=kwargs.get("steps"))
-        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, batches, **kwargs))
+        rows = data.checked(batches, self.token_rules)
+        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, rows, **kwargs))
+
+    @property
+    def token_rules(self):
+        """What batches must keep to, a `data.TokenRules`."""
+        # Targets of a loss of one's own may be anything.
+        own_loss = type(self).compute_loss is not GemmaCausalLM.compute_loss
+        of_ids = isinstance(getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy)
+        return data.TokenRules(self.backbone.vocabulary_size, has_labels=of_ids and not own_loss)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """As in keras-hub, and refuses what is no token of the model."""
+        samples = super().preprocess_samples(x, y, sample_weight)
+        self.token_rules.refuse(*keras.utils.unpack_x_y_sample_weight(samples))
+        return samples
 
     train_on_batch = in_whole_steps(keras_hub.models.CausalLM.train_on_batch)
     test_on_batch = in_whole_steps(keras_hub.models.CausalLM.test_on_batch)
@@ -344,12 +362,16 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             Float32 logits `[B, T, V]`, or losses `[B, T]`.
 
         Raises:
-            ValueError: for an unknown mode, or `"loss"` without `target_ids`.
+            ValueError: for an unknown mode, `"loss"` without `target_ids`, and ids outside the vocabulary in lists and
+                NumPy arrays.
         """
         if scoring_mode not in ("logits", "loss"):
             raise ValueError(f"`scoring_mode` is 'logits' or 'loss'. Received: {scoring_mode!r}")
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("`scoring_mode='loss'` compares with `target_ids`. Received: target_ids=None")
+        for name, ids in (("token_ids", token_ids), ("target_ids", target_ids)):
+            if isinstance(ids, (list, tuple, np.ndarray)):
+                data.refuse_ids_outside(np.asarray(ids), self.backbone.vocabulary_size, name)
         intercept = layer_intercept_fn or (lambda x, index: x)
         backbone = self.backbone
         token_ids = ops.convert_to_tensor(token_ids, "int32")

@@ -168,7 +168,7 @@ def _one_batch(model, inputs, options):
 
 
 def _token_rows(model, inputs, options):
-    prompts, width = text_generation.prompts_of_tokens(inputs)
+    prompts, width = text_generation.prompts_of_tokens(inputs, model.backbone.vocabulary_size)
     rows = _new_rows(model, prompts, options, width)
     prompts = [[] if options.strip_prompt else prompt for prompt in _repeated(prompts, options)]
     width = 1 if options.strip_prompt else width

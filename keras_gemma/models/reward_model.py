@@ -215,12 +215,14 @@ class GemmaRewardModel(keras_hub.models.Task):
             validation_data = distribution.filled_up(
                 self._batches(_as_columns(vx), vy, vw, size), steps=kwargs.get("validation_steps")
             )
+            validation_data = data.checked(validation_data, self.token_rules)
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
         kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
+        x = data.checked(x, self.token_rules, shuffle_batches, kwargs.get("class_weight"))
         return in_whole_steps(keras.Model.fit)(
             self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
         )
@@ -229,7 +231,7 @@ class GemmaRewardModel(keras_hub.models.Task):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(_as_columns(x), y, sample_weight, batch_size), None, None
-            x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
             kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
@@ -273,12 +275,14 @@ class GemmaRewardModel(keras_hub.models.Task):
             Float32 NumPy array `[n]`.
 
         Raises:
-            ValueError: for an empty row, and for one longer than the preprocessor's `sequence_length`.
+            ValueError: for an empty row, one longer than the preprocessor's `sequence_length`, and ids outside the
+                vocabulary.
         """
         if not rows or not all(map(len, rows)):
             raise ValueError("Rows to score have at least one token. Received none, or an empty one.")
         if self.preprocessor is not None:
             self.preprocessor.refuse_longer_rows(rows)
+        data.refuse_rows_outside(rows, self.backbone.vocabulary_size)
         # Few shapes, so that little is compiled.
         length, missing = bucket(max(map(len, rows)), SMALLEST_ROW), -len(rows) % batch_size
         mask = np.arange(length)[None, :] < np.array([*map(len, rows), *[1] * missing])[:, None]
@@ -288,9 +292,22 @@ class GemmaRewardModel(keras_hub.models.Task):
             {"token_ids": token_ids, "padding_mask": mask.astype("int32")}, None, None, batch_size, lambda x, *_: (x,)
         )
         batches = distribution.filled_up(x)
-        return distribution.own_rows(batches, self.predict(batches, verbose=0))[: len(rows)]
+        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, batches, verbose=0))[
+            : len(rows)
+        ]
 
-    predict = in_whole_steps(keras.Model.predict)
+    @property
+    def token_rules(self):
+        """What batches must keep to, a `data.TokenRules`."""
+        return data.TokenRules(self.backbone.vocabulary_size, has_labels=False, padded_on_the_right=True)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """As in keras-hub, and refuses what is no token of the model."""
+        samples = super().preprocess_samples(x, y, sample_weight)
+        self.token_rules.refuse(*keras.utils.unpack_x_y_sample_weight(samples))
+        return samples
+
+    predict = in_whole_steps(keras_hub.models.Task.predict)
     train_on_batch = in_whole_steps(keras_hub.models.Task.train_on_batch)
     test_on_batch = in_whole_steps(keras_hub.models.Task.test_on_batch)
     predict_on_batch = in_whole_steps(keras_hub.models.Task.predict_on_batch)

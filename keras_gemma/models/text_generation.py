@@ -52,11 +52,12 @@ def prompts_of_text(preprocessor, inputs, allow_special_tokens=None):
     return text_checks.each(lambda example: preprocessor.prompt_ids(example, **asked), examples), True
 
 
-def prompts_of_tokens(inputs):
+def prompts_of_tokens(inputs, vocabulary_size):
     """The ids of every row of `{"token_ids", "padding_mask"}`, and the width `T` of the rows.
 
     Raises:
-        ValueError: for anything but two equal shapes `[B, T]`, and rows that are not padded on the right.
+        ValueError: for anything but two equal shapes `[B, T]`, ids outside the vocabulary, and rows that are not padded
+            on the right.
     """
     if set(inputs) != {"token_ids", "padding_mask"}:
         raise ValueError(
@@ -69,6 +70,7 @@ def prompts_of_tokens(inputs):
             "'token_ids' and 'padding_mask' are both of shape [batch, length]. "
             f"Received: {token_ids.shape} and {mask.shape}"
         )
+    data.refuse_ids_outside(token_ids, vocabulary_size, "token_ids")
     lengths = mask.sum(axis=1)
     if not np.array_equal(mask, np.arange(mask.shape[1])[None, :] < lengths[:, None]):
         raise ValueError("Prompts must be padded on the right. Received a `padding_mask` with a gap.")

@@ -9,6 +9,7 @@ import numpy as np
 from keras_gemma import kernels
 from keras_gemma import startup
 from keras_gemma.data import record_formats
+from keras_gemma.data import refuse_rows_outside
 from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.rlhf import objectives
@@ -186,7 +187,8 @@ class DPOTrainer:
                 f"Received one of {longest} tokens, number {number}: raise it, or leave the pair out, as "
                 "`data.preference_pairs` does"
             )
-        return [examples[0][0], examples[0][1], examples[1][1]]
+        row = [examples[0][0], examples[0][1], examples[1][1]]
+        return refuse_rows_outside(row, self.policy.backbone.vocabulary_size, f"Tokens of pair {number}")
 
     def _example(self, prompt, answer):
         preprocessor = self.policy.preprocessor

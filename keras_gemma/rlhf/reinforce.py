@@ -14,6 +14,7 @@ import numpy as np
 from keras_gemma import generation
 from keras_gemma import startup
 from keras_gemma.data import record_formats
+from keras_gemma.data import refuse_rows_outside
 from keras_gemma.data import text_checks
 from keras_gemma.rlhf import objectives
 from keras_gemma.rlhf import rewards as rewarding
@@ -214,7 +215,8 @@ class ReinforceTrainer:
         readers = [self.reward, *raters] if self._has_reward_model else raters
         rows = [self.policy.preprocessor.sequence_length, *map(rewarding.longest_row, readers)]
         longest = min(rows) - self.max_new_tokens
-        return [self._row(number, prompt, longest) for number, prompt in enumerate(text_checks.plain(prompts))]
+        rows = [self._row(number, prompt, longest) for number, prompt in enumerate(text_checks.plain(prompts))]
+        return refuse_rows_outside(rows, self.policy.backbone.vocabulary_size, "Tokens of prompts")
 
     def _row(self, number, prompt, longest):
         try:
@@ -297,6 +299,7 @@ class ReinforceTrainer:
         Returns:
             A dict of floats, as of `fit`.
         """
+        refuse_rows_outside(token_ids, self.policy.backbone.vocabulary_size, "Tokens of prompts")
         began = time.monotonic()
         seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0] >> 1)
         rollouts = self._rollouts(token_ids, self.group_size, seed)

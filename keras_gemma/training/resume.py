@@ -4,7 +4,6 @@ ExactResume.fit: newest checkpoint → place, data ┐
 Keras' fit → ResumableCallbacks ─────────────────┴→ skips what is trained → restores → trains → saves in between
 """
 
-import collections.abc
 import dataclasses
 import math
 import time
@@ -92,17 +91,19 @@ class ExactResume(keras.callbacks.Callback):
             A `keras.callbacks.History` that begins where the run began.
 
         Raises:
-            ValueError: for data that cannot start in its middle, and an iterator as validation data.
+            ValueError: for data that cannot start in its middle, an iterator as validation data, and
+                `BackupAndRestore` among the callbacks.
             DamagedCheckpointError, ForeignCheckpointError: if the newest checkpoint cannot be gone on from.
             CheckpointNotSavedError: if a checkpoint cannot be written.
             NonFiniteLossError: before a state with a NaN or infinite loss or weight would be saved.
         """
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise ValueError("Pass `callbacks` as a list beside `ExactResume`. Received: a CallbackList")
+        _refuse_other_restoring(callbacks)
         _refuse_to_validate_from_an_iterator(kwargs.get("validation_data"))
         steps_per_epoch, epochs = kwargs.get("steps_per_epoch"), kwargs.get("epochs", 1)
         batches = data.resumable(batches, shuffle, endless=steps_per_epoch is not None)
-        settings = run_state.settings(model, steps_per_epoch)
+        settings = run_state.settings(model, steps_per_epoch, kwargs.get("class_weight"))
         checkpoint = self._newest(batches, settings)
         place = checkpoint.place if checkpoint else data.Place(epoch=kwargs.get("initial_epoch", 0))
         kwargs["initial_epoch"] = epochs if checkpoint and checkpoint.run["stopped"] else min(place.epoch, epochs)
@@ -122,7 +123,10 @@ class ExactResume(keras.callbacks.Callback):
         )
         self.in_use = True
         try:
-            rows = distribution.filled_up(batches, class_weight=kwargs.get("class_weight"), steps=steps_per_epoch)
+            class_weight = kwargs.get("class_weight")
+            rows = distribution.filled_up(batches, class_weight=class_weight, steps=steps_per_epoch)
+            if hasattr(model, "token_rules"):
+                rows = data.checked(rows, model.token_rules, class_weight=class_weight)
             history = in_whole_steps(keras.Model.fit)(
                 model, rows, callbacks=run, shuffle=False, verbose=verbose, **kwargs
             )
@@ -221,11 +225,12 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
         self._train_function = self.model.train_function
         self.model.train_function = lambda state, iterator: (logs, state)
 
-    def _is_skipped(self, batch):
-        return self._train_function is not None and batch < self._place.batch
+    @property
+    def _is_skipping(self):
+        return self._train_function is not None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._is_skipped(batch):
+        if self._is_skipping and batch < self._place.batch:
             return
         self.stop_skipping()
         if self._due:
@@ -234,13 +239,14 @@ class ResumableCallbacks(keras.callbacks.CallbackList):
 
     def stop_skipping(self):
         """Puts the train function back."""
-        if self._train_function is not None:
+        if self._is_skipping:
             self.model.train_function, self._train_function = self._train_function, None
 
     # === Saving ===
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._is_skipped(batch):
+        # Not by its number: that of a short execution lies behind the last batch that was trained.
+        if self._is_skipping:
             return
         self._last = self._place.epoch, batch
         self._logs = logs
@@ -309,8 +315,16 @@ def _has_own_state(callback):
     return not isinstance(callback, (ExactResume, keras.callbacks.ProgbarLogger))
 
 
+def _refuse_other_restoring(callbacks):
+    if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in keras.tree.flatten(callbacks)):
+        raise ValueError(
+            "`ExactResume` restores all that `BackupAndRestore` does, which would begin another epoch with other "
+            "weights: leave `BackupAndRestore` out of `callbacks`. Received: both"
+        )
+
+
 def _refuse_to_validate_from_an_iterator(validation_data):
-    if isinstance(validation_data, collections.abc.Iterator):
+    if data.is_iterator(validation_data):
         raise ValueError(
             "An exact resume needs `validation_data` that begin anew each time, not an iterator, whose place is lost: "
             "lists or arrays of examples, a `keras.utils.PyDataset`, a `tf.data.Dataset` or a Grain data set. "

@@ -92,7 +92,7 @@ def _program_of_finite():
 # === What a checkpoint belongs to ===
 
 
-def settings(model, steps_per_epoch):
+def settings(model, steps_per_epoch, class_weight=None):
     """What has to be equal for a run to go on exactly, as far as it is known before the optimizer is built."""
     return {
         "format": FORMAT,
@@ -100,6 +100,8 @@ def settings(model, steps_per_epoch):
         "optimizer": type(model.optimizer).__name__,
         "steps_per_epoch": steps_per_epoch,
         "steps_per_execution": model.steps_per_execution,
+        # Pairs, because json has names for keys.
+        "class_weight": class_weight and [[int(name), float(weight)] for name, weight in sorted(class_weight.items())],
         "gradient_accumulation_steps": getattr(model, "gradient_accumulation_steps", 1),
     }
 

@@ -68,12 +68,14 @@ class _ValuesOutOfTheModel:
         self._model = model
         self._groups = ()
         self._values = None
+        self._are_of_a_step = False
 
     def _get_jax_state(self, purge_model_variables=False, **wanted):
         with uninterrupted():
             values = type(self._model)._get_jax_state(self._model, **wanted)
             self._groups = [group for group in GROUPS if wanted.get(group)]
-            self._values = values
+            self._values, self._are_of_a_step = values, False
+            self._model._jax_state = None
             if purge_model_variables:
                 self._model._purge_model_variables(**wanted)
         return values
@@ -86,10 +88,14 @@ class _ValuesOutOfTheModel:
             with uninterrupted():
                 outputs, state = step(state, data)
                 if _ATTRIBUTE in attributes:
-                    attributes[_ATTRIBUTE]._values = state
+                    attributes[_ATTRIBUTE].keep(state)
             return outputs, state
 
         return type(self._model)._make_function(self._model, kept, *args, **kwargs)
+
+    def keep(self, values):
+        """Remembers the values after a step."""
+        self._values, self._are_of_a_step = values, True
 
     def jax_state_sync(self):
         """Puts the values back, where they are not in the model."""
@@ -106,14 +112,16 @@ class _ValuesOutOfTheModel:
                 variable.assign(value)
 
     def _newest(self):
-        # A function that was made outside keeps nothing: there is what Keras remembers, after each execution.
-        for values in (self._values, tuple((self._model._jax_state or {}).values())):
-            if values and not any(value.is_deleted() for of_group in values for value in of_group):
-                return values
-        raise RuntimeError(
-            "A device failed in the midst of a step, which had taken over the memory of the weights: they are lost. "
-            "Load the model again."
-        )
+        values = self._values
+        if not self._are_of_a_step and self._model._jax_state:
+            # A function that was made outside keeps nothing. After each execution of it, Keras does.
+            values = tuple(self._model._jax_state.values())
+        if any(value.is_deleted() for of_group in values for value in of_group):
+            raise RuntimeError(
+                "A device failed in the midst of a step, which had taken over the memory of the weights: they are "
+                "lost. Load the model again."
+            )
+        return values
 
     def _variables(self, group):
         return self._model.optimizer.variables if group == "optimizer_variables" else getattr(self._model, group)

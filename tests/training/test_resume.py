@@ -340,6 +340,7 @@ def test_nothing_whole_is_told(copy):
         ({"model": {"optimizer": "sgd"}}, "optimizer is 'AdamW' there and 'SGD' here"),
         ({"model": {"steps_per_execution": 2}}, "steps_per_execution is 1 there and 2 here"),
         ({"fit": {"steps_per_epoch": 2}}, "steps_per_epoch is None there and 2 here"),
+        ({"fit": {"class_weight": {0: 2}}}, r"class_weight is None there and \[\[0, 2.0\]\] here"),
         ({"data": {"count": 20}}, "batches in a pass is 6 there and 5 here"),
         ({"data": {"batch_size": 8}}, "batches in a pass"),
         ({"data": {"rows": ROWS + 1}}, "another batch"),
@@ -421,6 +422,12 @@ def test_data_that_cannot_begin_in_the_middle_are_refused_at_once(tmp_path, make
 def test_validation_data_whose_place_is_lost_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"begin anew each time.*Received: generator"):
         fit(make_model(), tmp_path / "run", validation_data=(of_rows(np.arange(BATCH)) for _ in range(9)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_callback_that_restores_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"leave `BackupAndRestore` out"):
+        fit(make_model(), tmp_path / "run", callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "other")])
     assert not (tmp_path / "run").exists()
 
 
