@@ -62,7 +62,7 @@ LISTED = {"batch_size": BATCH}
 ACROSS_EPOCHS = {"steps_per_epoch": 6}
 # What `fit` is given: of files and preprocessor; and its other arguments.
 FORMS = {
-    "strings": (lambda *_: TEXTS, LISTED),
+    "strings": (lambda *_: TEXTS, {"steps_per_execution": 4, "validation_split": 0.25, "validation_freq": 2, **LISTED}),
     "packed pairs": (lambda *_: PAIRS, {"pack": True, **LISTED}),
     "batches of a mixture": (batches, ACROSS_EPOCHS),
 }
@@ -78,11 +78,11 @@ RARER_FORMS = {
 def fit(make_model, files):
     """`fit(make_data, folder, seen, seed, crash, **kwargs)`: history without speeds, and bytes of all variables."""
 
-    def fit(make_data, folder, seen, seed=1, crash=None, **kwargs):
+    def fit(make_data, folder, seen, seed=1, crash=None, steps_per_execution=1, **kwargs):
         keras.utils.set_random_seed(seed)
         model = make_model(sequence_length=LENGTH, dropout=0.1)
         schedule = training.WarmUp(1e-2, warmup_steps=3, total_steps=30)
-        model.compile(training.AdamW(schedule), gradient_accumulation_steps=2)
+        model.compile(training.AdamW(schedule), gradient_accumulation_steps=2, steps_per_execution=steps_per_execution)
         callbacks = [
             Seen(seen),
             training.TrainingMonitor(),
