@@ -287,8 +287,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
         if validation_data is not None:
             validation_data = distribution.filled_up(validation_data, steps=kwargs.get("validation_steps"))
-        kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
             validation_data = data.checked(validation_data, self.token_rules)
+        kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
