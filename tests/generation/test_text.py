@@ -139,11 +139,15 @@ def test_bytes_that_are_no_characters_stream_too(text_model):
         ("The license " * 50, {}, "shorter than the whole sequence"),
         ("The license", {"sampler": "topk"}, "'top_k'"),
         ("The license", {"stop_token_ids": "eos"}, "'auto', None or token ids"),
-        ({"token_ids": np.ones((1, 3)), "padding_mask": np.ones((1, 3))}, {}, "shorter than the whole sequence"),
-        ({"token_ids": np.ones((1, 3)), "padding_mask": np.array([[0, 1, 0]])}, {}, "padded on the right"),
-        ({"token_ids": np.ones((1, 3)), "padding_mask": np.zeros((1, 3))}, {}, "at least one token"),
-        ({"token_ids": np.ones((0, 3)), "padding_mask": np.ones((0, 3))}, {}, "at least one prompt"),
-        ({"token_ids": np.ones((1, 3))}, {}, "'padding_mask'"),
+        (
+            {"token_ids": np.ones((1, 3), "int32"), "padding_mask": np.ones((1, 3), "int32")},
+            {},
+            "shorter than the whole sequence",
+        ),
+        ({"token_ids": np.ones((1, 3), "int32"), "padding_mask": np.array([[0, 1, 0]])}, {}, "padded on the right"),
+        ({"token_ids": np.ones((1, 3), "int32"), "padding_mask": np.zeros((1, 3))}, {}, "at least one token"),
+        ({"token_ids": np.ones((0, 3), "int32"), "padding_mask": np.ones((0, 3), "int32")}, {}, "at least one prompt"),
+        ({"token_ids": np.ones((1, 3), "int32")}, {}, "'padding_mask'"),
     ],
 )
 def test_refused(text_model, inputs, kwargs, message):
