@@ -292,9 +292,8 @@ class GemmaRewardModel(keras_hub.models.Task):
             {"token_ids": token_ids, "padding_mask": mask.astype("int32")}, None, None, batch_size, lambda x, *_: (x,)
         )
         batches = distribution.filled_up(x)
-        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, batches, verbose=0))[
-            : len(rows)
-        ]
+        rewards = in_whole_steps(keras.Model.predict)(self, batches, verbose=0)
+        return distribution.own_rows(batches, rewards)[: len(rows)]
 
     @property
     def token_rules(self):
