@@ -5,12 +5,14 @@
     tokens that end an answer       yes      yes            yes (1)    refused      as the vocabulary
     chat template                   yes      yes            yes        refused (2)  as the vocabulary
     whether texts open with <bos>   yes      yes            yes        refused      as the vocabulary
+    sampling settings (3)           yes      yes            yes (4)    no           no
     rows' length, ends of rows      yes      not a model's  (a setting of training, which other formats do not have)
     head of a reward model          yes      yes            refused    refused      refused
     LoRA adapters                   merged by whoever saves; a folder with adapters beside its weights is refused
     quantisation scales             read where a format has them; written by `dtype="q8_0"` of GGUF
 
-(1) one besides <eos>; (2) Gemma's own follows from the vocabulary everywhere.
+(1) two besides <eos>; (2) Gemma's own follows from the vocabulary everywhere; (3) of `generation_config.json`, for the
+programs that read it; (4) those that llama.cpp has.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ class BesidesTensors:
         chat_template: optional string, Jinja. `None`: Gemma's, where the vocabulary has turn markers.
         preprocessor: dict, settings of the preprocessor that are not its defaults.
         head: optional `StoredTensor` `[D, 1]`, what a reward model multiplies the last hidden state by.
+        generation: dict, what `generation_config.json` says besides ids of tokens.
         doubts: tuple of strings, where files differ in a setting and one of them is followed.
     """
 
@@ -35,6 +38,7 @@ class BesidesTensors:
     chat_template: str | None = None
     preprocessor: dict = dataclasses.field(default_factory=dict)
     head: StoredTensor | None = None
+    generation: dict = dataclasses.field(default_factory=dict)
     doubts: tuple = ()
 
     @property
@@ -43,6 +47,7 @@ class BesidesTensors:
 
 
 NOTHING = BesidesTensors()
+GENERATION_FILE = "generation_config.json"
 HEAD, STOP_TOKENS, CHAT_TEMPLATE, WITHOUT_BOS = "head", "stop_tokens", "chat_template", "without_bos"
 NAMES = {
     HEAD: "the head of a reward model",
@@ -99,6 +104,12 @@ def stop_tokens_of(pieces, ids, tokens=(), said_by="the files"):
             raise ValueError(f"A text ends at one of {len(pieces):,} pieces. Received: the id {index!r} in {said_by}")
     spelled = dict.fromkeys([*(pieces[index] for index in ids), *tokens])
     return tuple(token for token in spelled if token not in ("<eos>", TURNS[1]))
+
+
+def generation_settings(config):
+    """What the content of a `generation_config.json` says besides ids of tokens and who wrote it."""
+    others = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: value for name, value in config.items() if name not in others and not name.startswith("_")}
 
 
 def is_gemmas(chat_template):

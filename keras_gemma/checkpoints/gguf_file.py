@@ -45,6 +45,14 @@ KEEPS = (besides_tensors.STOP_TOKENS, besides_tensors.CHAT_TEMPLATE, besides_ten
 # Where a file keeps the ids of the tokens that end an answer besides <eos>: of a turn, and of a message.
 STOP_KEYS = ("eot", "eom")
 CHAT_TEMPLATE = "tokenizer.chat_template"
+# What llama.cpp calls the settings of a `generation_config.json`.
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
@@ -253,6 +261,7 @@ def write(target, sizes, tensors, proto, dtype=None, besides=NOTHING):
     writer = gguf.GGUFWriter(target, ARCHITECTURE)
     try:
         _add_settings(gguf, writer, sizes, planned)
+        _add_sampling(writer, besides.generation)
         if vocabulary is not None:
             _add_vocabulary(writer, vocabulary, sizes.vocabulary_size)
             _add_dialogue(writer, vocabulary, stops, besides)
@@ -327,6 +336,20 @@ def _add_settings(gguf, writer, sizes, planned):
     writer.add_layer_norm_rms_eps(sizes.layer_norm_epsilon)
     writer.add_key_length(sizes.head_dim)
     writer.add_value_length(sizes.head_dim)
+
+
+def _add_sampling(writer, generation):
+    for name, key in SAMPLING.items():
+        if isinstance(generation.get(name), (int, float)):
+            value = generation[name]
+            getattr(writer, f"add_sampling_{key}")(int(value) if key == "top_k" else float(value))
+
+
+def _sampling(settings):
+    """Settings of `generation_config.json` among a file's own: as many decimals as float32 keeps."""
+    keys = {name: f"general.sampling.{key}" for name, key in SAMPLING.items()}
+    found = {name: settings[key] for name, key in keys.items() if key in settings}
+    return {name: value if name == "top_k" else float(str(np.float32(value))) for name, value in found.items()}
 
 
 # === Vocabulary ===
@@ -425,8 +448,9 @@ def _type_of(piece, of_type):
 
 def _besides(path, settings):
     """The file's `BesidesTensors`."""
+    generation = _sampling(settings)
     if settings.get("tokenizer.ggml.model") in NO_VOCABULARY:
-        return BesidesTensors()
+        return BesidesTensors(generation=generation)
     pieces = [piece for piece, _, _ in _pieces(path, settings)]
     ids = [settings[_id_key(name)] for name in STOP_KEYS if _id_key(name) in settings]
     template = settings.get(CHAT_TEMPLATE)
@@ -434,6 +458,7 @@ def _besides(path, settings):
         stop_tokens=besides_tensors.stop_tokens_of(pieces, ids, said_by=f"`{path}`"),
         chat_template=None if template in (None, tokenizer_files.CHAT_TEMPLATE) else template,
         preprocessor={} if settings.get(ADD_BOS, True) else {"add_start_token": False},
+        generation=generation,
     )
 
 

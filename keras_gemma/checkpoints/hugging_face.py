@@ -17,6 +17,7 @@ from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
 from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints import tokenizer_folder
+from keras_gemma.checkpoints.besides_tensors import GENERATION_FILE
 from keras_gemma.checkpoints.besides_tensors import NOTHING
 from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.keras_preset import fill_from
@@ -35,7 +36,7 @@ from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
 FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-GENERATION_FILE, ADAPTER_FILE = "generation_config.json", "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 CLASSIFIER, SCORE, SCORE_BIAS = "GemmaForSequenceClassification", "score.weight", "score.bias"
 KEEPS = tuple(besides_tensors.NAMES)
 
@@ -119,8 +120,7 @@ class HuggingFacePreset:
     @functools.cached_property
     def _stop_tokens(self):
         """Tokens that end an answer besides Gemma's own, in whatever file they are named."""
-        path = optional_file(self.location, GENERATION_FILE)
-        configs = {"config.json": self.config, GENERATION_FILE: read_json(path) if path else {}}
+        configs = {"config.json": self.config, GENERATION_FILE: self._generation_config}
         model = tokenizer_files.parsed(self._vocabulary)
         with self._named_errors():
             for name, config in configs.items():
@@ -134,6 +134,11 @@ class HuggingFacePreset:
             ids = [index for config in configs.values() for index in _as_list(config.get("eos_token_id"))]
             tokens = tokenizer_folder.eos_tokens(self._tokenizer_files)
             return besides_tensors.stop_tokens_of(pieces, ids, tokens, f"`eos_token_id` of {' and '.join(configs)}")
+
+    @functools.cached_property
+    def _generation_config(self):
+        path = optional_file(self.location, GENERATION_FILE)
+        return read_json(path) if path else {}
 
     @functools.cached_property
     def _chat_template(self):
@@ -158,7 +163,8 @@ class HuggingFacePreset:
                 "chat_template": self._chat_template,
                 "preprocessor": self.preprocessor_config(None, None) or {},
             }
-        return BesidesTensors(head=self.head(), **with_tokenizer)
+        generation = besides_tensors.generation_settings(self._generation_config)
+        return BesidesTensors(head=self.head(), generation=generation, **with_tokenizer)
 
     def head(self):
         """The head of a reward model, a `StoredTensor` `[D, 1]`, or `None` where there is none.
@@ -319,7 +325,9 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10, besides=
         tokenizer = hugging_face_files(proto, besides.chat_template, besides.opens_with_bos, besides.stop_tokens)
     files = {
         "config.json": _json({**config, **(SCORE_CONFIG if besides.head is not None else {})}),
-        GENERATION_FILE: _json({**special_ids, "eos_token_id": ends if len(ends) > 1 else ends[0]}),
+        GENERATION_FILE: _json(
+            {**besides.generation, **special_ids, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+        ),
         **tokenizer,
     }
     folder = pathlib.Path(target)

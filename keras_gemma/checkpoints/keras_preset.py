@@ -3,6 +3,7 @@
 keras-hub writes it, under the names `keras_hub>…` and in its first years `keras_nlp>…`, and so does keras_gemma.
 """
 
+import json
 import os
 import pathlib
 
@@ -153,6 +154,7 @@ class KerasPreset:
         return BesidesTensors(
             preprocessor={name: settings[name] for name in OF_PREPROCESSOR if name in settings},
             head=self._head(task),
+            generation=besides_tensors.generation_settings(self._content(besides_tensors.GENERATION_FILE)),
             doubts=tuple(doubts),
             **said_beside(tokenizer),
         )
@@ -293,6 +295,9 @@ def write(target, sizes, tensors, proto, dtype=None, max_shard_size=10, besides=
     arranged = canonical.arranged(table_of(sizes), tensors, dtype)
     os.makedirs(target)
     write_settings(_task_without_values(sizes, proto, str(arranged[0].dtype), besides), target)
+    if besides.generation:
+        with open(os.path.join(target, besides_tensors.GENERATION_FILE), "w", encoding="utf-8") as file:
+            json.dump(besides.generation, file, indent=2)
     if besides.head is not None:
         head = canonical.as_it_is(HEAD, "head", (sizes.hidden_dim, 1))
         # It is float32 whatever the backbone is.

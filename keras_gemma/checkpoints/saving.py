@@ -13,6 +13,7 @@ import keras_hub
 import numpy as np
 
 from keras_gemma.checkpoints import keras_hub_private as hub
+from keras_gemma.checkpoints.besides_tensors import GENERATION_FILE
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import BYTES_OF_GB
 from keras_gemma.checkpoints.tensor_files import check_shard_size
@@ -35,6 +36,7 @@ BACKBONE_FILES = (
     hub.SHARDED_MODEL_WEIGHTS_CONFIG_FILE,
     hub.TASK_CONFIG_FILE,
     hub.TASK_WEIGHTS_FILE,
+    GENERATION_FILE,
 )
 
 

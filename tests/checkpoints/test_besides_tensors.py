@@ -58,7 +58,9 @@ def chatml(model, vocabulary, tmp_path_factory):
     (folder / "tokenizer.json").write_text(json.dumps(described))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML}))
-    (folder / "generation_config.json").write_text('{"bos_token_id": 2, "eos_token_id": [1, 501]}')
+    (folder / "generation_config.json").write_text(
+        '{"bos_token_id": 2, "eos_token_id": [1, 501], "temperature": 0.7, "top_k": 40}'
+    )
     return folder
 
 
@@ -151,6 +153,8 @@ def test_dialogues_of_others_go_along_and_are_not_written_as_gemmas(chatml, tmp_
     quietly(tmp_path / "keras", tmp_path / "m.gguf")
     quietly(tmp_path / "m.gguf", tmp_path / "hf", format="hugging_face")
     GemmaCausalLM.from_preset(tmp_path / "hf").save_to_preset(tmp_path / "saved")
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_k"], generation["eos_token_id"]) == (0.7, 40, [1, 6, 501])
     for name in ("keras", "hf", "saved"):
         tokenizer = GemmaCausalLM.from_preset(tmp_path / name).preprocessor.tokenizer
         assert tokenizer.stop_token_ids == [1, 6, 501]
