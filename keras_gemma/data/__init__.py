@@ -2,6 +2,7 @@
 
 ArrayRecord, jsonl, parquet, TFDS
   │ sources         single examples in any order; `write_array_record`
+  │ record_formats  fields of TRL, Alpaca and ShareGPT as ours
   │ tuning          for prompts and responses: `filters`, form and length, and an account of what was dropped
   │ mixture         each host's share of every source, shuffled, mixed stage by stage
   │ loader          token ids, on the fly or by `tokenize_ahead` and `from_tokens`

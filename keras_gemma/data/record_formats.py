@@ -23,7 +23,6 @@ ROLES_OF_SHAREGPT = {
 }
 CONVERSATIONS = ("conversations", "conversation")
 INPUTS, OUTPUTS = ("input", "context"), ("output", "response")
-PAIR_FIELDS = ("prompts", "chosen", "rejected")
 KNOWN = (
     "fields of TRL (prompt and completion, messages), Alpaca (instruction, input, output) and ShareGPT (conversations) "
     "are read as well"
@@ -255,7 +254,7 @@ def pair_columns(fields):
     """As `pair`, of a batch of pairs as columns; anything else as it is."""
     if not isinstance(fields, dict) or not {"chosen", "rejected"} <= set(fields):
         return fields
-    if set(fields) <= {*PAIR_FIELDS, "margins"} and "prompts" in fields and not _has_messages(fields):
+    if "prompts" in fields and not _has_messages(fields):
         return fields
     if any(isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__") for value in fields.values()):
         return fields
@@ -263,7 +262,8 @@ def pair_columns(fields):
 
 
 def _has_messages(fields):
-    return any(is_dialogue(value) or is_message(value) for name in ("chosen", "rejected") for value in fields[name])
+    columns = (fields[name] for name in ("chosen", "rejected") if isinstance(fields[name], list))
+    return any(is_dialogue(value) or is_message(value) for column in columns for value in column)
 
 
 def records_of_columns(columns):

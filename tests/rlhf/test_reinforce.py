@@ -463,7 +463,7 @@ def test_fit_draws_every_prompt_and_reports_each_quantity(model):
     assert len(asked) == 4 and all(one[0] == one[1] and one[2] == one[3] for one in asked)
     assert sorted(asked[0][::2] + asked[1][::2]) == sorted(asked[2][::2] + asked[3][::2]) == sorted(prompts)
     names = {
-        "reward", "reward_std", "penalised_reward", "kl", "kl_per_token", "kl_coefficient", "entropy",
+        "reward", "reward_std", "rewarded", "penalised_reward", "kl", "kl_per_token", "kl_coefficient", "entropy",
         "response_length", "ended", "cut_off", "equal_groups", "loss", "gradient_norm",
         "rollout_seconds", "score_seconds", "update_seconds",
     }  # fmt: skip
