@@ -88,7 +88,7 @@ class TokenRules:
 
 def refuse_ids_outside(ids, vocabulary_size, name):
     """Raises a `ValueError` for an array with numbers that are no ids of a vocabulary."""
-    if not np.issubdtype(ids.dtype, np.integer):
+    if not _are_integers(ids):
         raise ValueError(f"`{name}` are token ids, which are integers. Received: dtype={ids.dtype}")
     if not ids.size or (ids.min() >= 0 and ids.max() < vocabulary_size):
         return
@@ -108,13 +108,18 @@ def refuse_rows_outside(rows, vocabulary_size, name="Token ids"):
         The rows.
     """
     for number, row in enumerate(rows):
-        for token_id in row:
-            if isinstance(token_id, (bool, float, np.floating)) or not 0 <= token_id < vocabulary_size:
-                raise ValueError(
-                    f"{name} are integers from 0 to {vocabulary_size - 1}, the vocabulary of the model. "
-                    f"Received: {token_id!r} in row {number}"
-                )
+        ids = np.asarray(row)
+        if ids.size and not (_are_integers(ids) and ids.min() >= 0 and ids.max() < vocabulary_size):
+            wrong = next(one for one in row if not _are_integers(np.asarray(one)) or not 0 <= one < vocabulary_size)
+            raise ValueError(
+                f"{name} are integers from 0 to {vocabulary_size - 1}, the vocabulary of the model. "
+                f"Received: {wrong!r} in row {number}"
+            )
     return rows
+
+
+def _are_integers(ids):
+    return np.issubdtype(ids.dtype, np.integer)
 
 
 def checked(batches, rules, shuffle=False, class_weight=None):
