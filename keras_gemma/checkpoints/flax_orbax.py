@@ -27,9 +27,12 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_gemma.checkpoints import canonical
+from keras_gemma.checkpoints.json_files import parsed_json
+from keras_gemma.checkpoints.json_files import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
 from keras_gemma.checkpoints.tokenizer_folder import tokenizer_model
+from keras_gemma.damaged import reading
 
 FORMAT = "flax"
 TREE_FILE = "_METADATA"
@@ -202,14 +205,12 @@ def _tensorstore():
 
 
 def _stored(folder):
-    store, must_have_data = _open_folder(folder)
-    try:
+    with reading(folder, "Orbax checkpoint"):
+        store, must_have_data = _open_folder(folder)
         keys = [key.decode() for key in store.list().result()]
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`{folder}` is damaged or no Orbax checkpoint: {error}") from error
     arrays = [key.rpartition("/") for key in sorted(keys)]
     stored = [
-        _stored_tensor(folder, functools.partial(_open_array, folder, store, key, DRIVERS[file], must_have_data), key)
+        _stored_tensor(folder, functools.partial(_open_array, folder, store, key, file, must_have_data), key)
         for key, _, file in arrays
         if file in DRIVERS
     ]
@@ -220,16 +221,12 @@ def _open_folder(folder):
     """Its key-value store, and whether an array that lacks data is a damaged one."""
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
     spec = {"driver": "ocdbt", "base": base} if (folder / OCDBT_FILE).exists() else base
-    return _tensorstore().KvStore.open(spec).result(), _tree(folder).get("store_array_data_equal_to_fill_value", False)
+    must_have_data = _tree(folder).get("store_array_data_equal_to_fill_value", False)
+    return _tensorstore().KvStore.open(spec).result(), must_have_data
 
 
 def _tree(folder):
-    try:
-        return json.loads((folder / TREE_FILE).read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"`{folder / TREE_FILE}` is not a complete JSON file: {error}") from error
+    return read_json(folder / TREE_FILE) if (folder / TREE_FILE).exists() else {}
 
 
 def _stored_tensor(folder, open_array, key):
@@ -238,21 +235,19 @@ def _stored_tensor(folder, open_array, key):
     return StoredTensor(str(folder), name, tuple(array.shape), dtype, functools.partial(_read, folder, open_array, key))
 
 
-def _open_array(folder, store, key, driver, must_have_data):
-    kvstore = (store / f"{key}/").spec().to_json()
-    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": not must_have_data}
-    try:
+def _open_array(folder, store, key, file, must_have_data):
+    with reading(folder, place=key):
+        # TensorStore itself ends the process where brackets are nested too deeply.
+        parsed_json(store.read(f"{key}/{file}").result().value, folder / key / file)
+        kvstore = (store / f"{key}/").spec().to_json()
+        spec = {"driver": DRIVERS[file], "kvstore": kvstore, "fill_missing_data_reads": not must_have_data}
         return _tensorstore().open(spec, open=True, read=True).result()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`{folder}` is damaged where it keeps `{key}`: {error}") from error
 
 
 def _read(folder, open_array, key):
     array = open_array()
-    try:
+    with reading(folder, place=key):
         return array.read().result()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`{folder}` is damaged where it keeps `{key}`: {error}") from error
 
 
 # === Writing ===

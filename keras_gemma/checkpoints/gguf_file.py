@@ -18,6 +18,7 @@ from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.besides_tensors import NOTHING
 from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.tensor_files import StoredTensor
+from keras_gemma.damaged import reading
 
 FORMAT = "gguf"
 MAGIC = b"GGUF"
@@ -143,11 +144,9 @@ def checkpoint(path):
 
 def _header(path):
     """Settings by their keys, and `StoredTensor`s by their names."""
-    try:
+    with reading(path, "GGUF file"):
         reader = _reader(path)
         settings = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"`{path}` is truncated, damaged or no GGUF file: {error}") from error
     if reader.byte_order != "I":
         raise ValueError(f"`{path}` was written for machines of the other byte order.")
     return settings, {tensor.name: _stored(path, tensor) for tensor in reader.tensors}
@@ -175,12 +174,17 @@ def _stored(path, tensor):
             f"Tensors of a GGUF file are read where their type is one of {', '.join(READ_AS)}. "
             f"Received: {kind.name} for `{tensor.name}` in `{path}`"
         )
-    read = functools.partial(_read, path, int(tensor.data_offset), int(tensor.n_bytes), kind, shape)
+    read = functools.partial(_read, path, tensor.name, int(tensor.data_offset), int(tensor.n_bytes), kind, shape)
     kept_as = None if kind.name in PLAIN else kind.name
     return StoredTensor(path, tensor.name, shape, np.dtype(READ_AS[kind.name]), read, kept_as)
 
 
-def _read(path, offset, length, kind, shape):
+def _read(path, name, offset, length, kind, shape):
+    with reading(path, place=name):
+        return _numbers(path, offset, length, kind, shape)
+
+
+def _numbers(path, offset, length, kind, shape):
     if kind.name in PLAIN:
         return np.fromfile(path, READ_AS[kind.name], count=math.prod(shape), offset=offset).reshape(shape)
     # Some rows at a time: the library would make all of them twice.

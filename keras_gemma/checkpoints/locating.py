@@ -1,9 +1,9 @@
 """What a user calls a preset → where its files are."""
 
-import json
 import os
 import pathlib
 
+from keras_gemma.checkpoints.json_files import read_json
 from keras_gemma.checkpoints.keras_hub_private import get_file
 
 HUB_SCHEMES = ("kaggle", "hf", "modelscope", "gs")
@@ -144,22 +144,6 @@ def required_file(location, name):
         return _file(location, name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The preset `{location}` lacks the file `{name}`. {error}") from error
-
-
-def read_json(path):
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: for a file that is not JSON, or holds no object, naming it.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"`{path}` is not a complete JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` must hold a JSON object. Received: {type(content).__name__}")
-    return content
 
 
 def shards_of(index):

@@ -33,6 +33,9 @@ from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tokenizer_folder import tokenizer_model
+from keras_gemma.damaged import NO_DAMAGE
+from keras_gemma.damaged import DamagedFileError
+from keras_gemma.damaged import reading
 
 FORMAT = "pytorch"
 SUFFIX = ".ckpt"
@@ -223,11 +226,12 @@ def _stored_tensor(path, key, name, tensor):
 
 def _read(path, key, name):
     torch = _torch()
-    tensor = _load(path, key)[name].detach()
-    if tensor.dtype == torch.bfloat16:
-        # NumPy has none of its own: the same bytes under another name.
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    with reading(path, place=name):
+        tensor = _load(path, key)[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            # NumPy has none of its own: the same bytes under another name.
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
 
 
 def _load(path, key):
@@ -239,9 +243,11 @@ def _load(path, key):
         cause = error.__context__ or error
         reason = str(cause).partition(". Please")[0]
         raise ValueError(f"Only tensors are loaded from pickles. `{path}` holds something else: {reason}") from cause
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"`{path}` is truncated, or not of `torch.save` since version 1.6: {reason}") from error
+    except NO_DAMAGE:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DamagedFileError(path, reason, "file of `torch.save` since version 1.6") from error
     return _state(path, content, key)
 
 

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import h5py
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from keras_gemma.checkpoints.h5_writing import h5_file
+from keras_gemma.checkpoints.json_files import parsed_json
+from keras_gemma.damaged import DamagedFileError
+from keras_gemma.damaged import reading
 
 BYTES_OF_GB = 1024**3
 SAFETENSORS_DTYPES = {
@@ -82,32 +86,36 @@ def h5_tensors(path):
     """The tensors of a Keras `.weights.h5` file.
 
     Raises:
-        ValueError: for a file that is truncated or no HDF5, naming it.
+        DamagedFileError: for a file that is truncated or no HDF5.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            names = []
-            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-            return [_h5_tensor(path, file[name]) for name in names]
-    except OSError as error:
-        raise ValueError(f"`{path}` is truncated or no HDF5 file: {error}") from error
+    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
+        names = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        return [_h5_tensor(path, file[name]) for name in names]
 
 
 def _h5_tensor(path, dataset):
     name = dataset.name.lstrip("/")
     if dataset.external or dataset.is_virtual:
-        raise ValueError(f"`{path}` keeps `{name}` in another file, which is not allowed in a preset.")
+        raise DamagedFileError(path, "it lies in another file, which is not allowed in a preset", place=name)
     # HDF5 has no bfloat16: Keras stores opaque pairs of bytes and says so in an attribute.
     dtype = np.dtype(ml_dtypes.bfloat16) if dataset.attrs.get("dtype") == "bfloat16" else dataset.dtype
+    _check_h5(path, name, dataset, dtype)
     return StoredTensor(path, name, dataset.shape, dtype, lambda: _read_h5(path, name, dtype))
 
 
+def _check_h5(path, name, dataset, dtype):
+    if dataset.shape is None or dtype.itemsize != dataset.dtype.itemsize or dtype.kind not in "biufcV":
+        raise DamagedFileError(path, f"shape {dataset.shape} and type {dataset.dtype} make no tensor", place=name)
+    # What is kept as it is takes as much room as it has numbers: a shape that is wrong would fill the memory.
+    kept, needed = dataset.id.get_storage_size(), math.prod(dataset.shape) * dtype.itemsize
+    if dataset.chunks is None and kept != needed:
+        raise DamagedFileError(path, f"{kept} bytes for shape {dataset.shape} and type {dtype}", place=name)
+
+
 def _read_h5(path, name, dtype):
-    try:
-        with h5py.File(path, "r") as file:
-            return file[name][()].view(dtype)
-    except OSError as error:
-        raise ValueError(f"`{path}` is damaged where it keeps `{name}`: {error}") from error
+    with reading(path, place=name), h5py.File(path, "r") as file:
+        return file[name][()].view(dtype)
 
 
 def write_h5(path, tensors):
@@ -134,64 +142,44 @@ def safetensors_tensors(path):
     """The tensors of a `.safetensors` file: eight bytes of length, a JSON header, the data.
 
     Raises:
-        ValueError: for a truncated or malformed file, naming it, and for a dtype other than the floating ones.
+        DamagedFileError: for a file that the safetensors library refuses, and for a name that stands there twice.
+        ValueError: for a dtype other than the floating ones.
     """
     header, data_start = _safetensors_header(path)
-    data_length = os.path.getsize(path) - data_start
-    tensors = []
-    for name, entry in header.items():
-        if name != "__metadata__":
-            tensors.append(_safetensors_tensor(path, name, entry, data_start, data_length))
-    return tensors
+    return [_safetensors_tensor(path, name, *entry, data_start) for name, entry in header.items()]
 
 
 def _safetensors_header(path):
-    with open(path, "rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > os.path.getsize(path):
-                raise ValueError(f"a header of {length} bytes is announced")
-            header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError(f"its header is a {type(header).__name__}, no object")
-            return header, 8 + length
-        except (struct.error, ValueError) as error:
-            raise ValueError(f"`{path}` is truncated or no safetensors file: {error}") from error
+    """By name, the dtype, shape and first byte of each tensor; and the byte where the data begins."""
+    with reading(path, "safetensors file"):
+        # It looks at the header alone: its syntax, and that tensors fill the rest of the file, without a gap.
+        with safetensors.safe_open(path, framework="np"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parsed_json(file.read(length), path)
+        header.pop("__metadata__", None)
+        described = {name: (entry["dtype"], entry["shape"], entry["data_offsets"][0]) for name, entry in header.items()}
+        return described, 8 + length
 
 
-def _safetensors_tensor(path, name, entry, data_start, data_length):
-    _check_entry(path, name, entry)
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
+def _safetensors_tensor(path, name, dtype, shape, begin, data_start):
+    if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(
             f"Weights must have a floating dtype, one of {', '.join(SAFETENSORS_DTYPES)}. "
-            f"Received: {entry['dtype']} for `{name}` in `{path}`"
+            f"Received: {dtype} for `{name}` in `{path}`"
         )
-    dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end:
-        raise ValueError(f"`{path}` keeps `{name}` from byte {begin} to {end}, which cannot be.")
-    if end > data_length:
-        raise ValueError(f"`{path}` is truncated: `{name}` ends at byte {end} of {data_length}.")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"`{path}` keeps {end - begin} bytes for `{name}` of shape {shape} and dtype {dtype}.")
-    return StoredTensor(path, name, shape, dtype, lambda: _read_safetensors(path, data_start + begin, shape, dtype))
+    dtype, shape = np.dtype(SAFETENSORS_DTYPES[dtype]), tuple(shape)
+    return StoredTensor(
+        path, name, shape, dtype, lambda: _read_safetensors(path, name, data_start + begin, shape, dtype)
+    )
 
 
-def _check_entry(path, name, entry):
-    try:
-        described = isinstance(entry["dtype"], str) and len(entry["data_offsets"]) == 2
-        described &= all(type(number) is int and number >= 0 for number in entry["shape"])
-        described &= all(type(number) is int for number in entry["data_offsets"])
-    except (KeyError, TypeError):
-        described = False
-    if not described:
-        raise ValueError(
-            f"`{path}` is damaged: a tensor has `dtype`, `shape` and two `data_offsets`. Received: {entry} for `{name}`"
-        )
-
-
-def _read_safetensors(path, offset, shape, dtype):
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+def _read_safetensors(path, name, offset, shape, dtype):
+    with reading(path, place=name):
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
 
 
 def write_safetensors(path, tensors):

@@ -11,6 +11,7 @@ import threading
 import jax
 import numpy as np
 
+from keras_gemma.damaged import reading
 from keras_gemma.data.extras import required
 from keras_gemma.staging import staged
 
@@ -287,10 +288,8 @@ class ArrayRecords:
 
     def __init__(self, path):
         self._path = path
-        try:
+        with reading(path, "ArrayRecord file"):
             self._records = required("grain").sources.ArrayRecordDataSource(path)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no ArrayRecord file, or damaged: {error}") from error
         if not len(self._records):
             raise ValueError(f"{path} has no records.")
 
@@ -355,18 +354,16 @@ class ParquetRows:
     """The rows of a parquet file as dicts."""
 
     def __init__(self, path, columns):
-        parquet, arrow = required("pyarrow.parquet"), required("pyarrow")
+        parquet = required("pyarrow.parquet")
         self._path = path
         self._columns = columns
-        try:
+        with reading(path, "parquet file"):
             self._metadata = parquet.read_metadata(path)
-        except arrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
-        names = self._metadata.schema.to_arrow_schema().names
+            names = self._metadata.schema.to_arrow_schema().names
+            counts = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         missing = sorted(set(columns or ()) - set(names))
         if missing:
             raise ValueError(f"{path} lacks {', '.join(map(repr, missing))}. The fields are: {', '.join(names)}")
-        counts = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._group_ends = np.cumsum(counts)
         if not sum(counts):
             raise ValueError(f"{path} has no rows.")

@@ -1,6 +1,7 @@
 """One object that holds the stages together and a compiled program per bucket of sizes."""
 
 import functools
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,7 @@ class Engine:
         self.vocabulary_size = vocabulary_size
         self.programs = {}
         self.memory = Memory()
+        self._making = threading.Lock()
         self._fixed = None
 
     def fix_sizes(self, columns, chunk=PROMPT_CHUNK):
@@ -439,9 +441,11 @@ class Engine:
         return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, new_tokens)], sampler_values
 
     def _program(self, key, make, donated=()):
-        if key not in self.programs:
-            self.programs[key] = Program(make(), donated)
-        return self.programs[key]
+        # Of threads that need the same program, one makes it.
+        with self._making:
+            if key not in self.programs:
+                self.programs[key] = Program(make(), donated)
+            return self.programs[key]
 
 
 def _right_aligned(prompts, columns=None):

@@ -19,6 +19,7 @@ and both ends:
 
 import contextlib
 import math
+import threading
 import weakref
 
 import keras
@@ -193,19 +194,23 @@ class Memory:
     """
 
     def __init__(self):
-        self.sources = []
-        self.result = None
+        self._kept = [], None
+        # Of a reference that dies while the lock is held, the same thread hears.
+        self._lock = threading.RLock()
 
     def recall(self, sources, make):
         """What `make()` returned when it was last called with these sources, or returns now."""
-        same = len(sources) == len(self.sources) and all(kept() is now for kept, now in zip(self.sources, sources))
-        if not same or self.result is None:
-            self.sources = [weakref.ref(source, self._forget) for source in sources]
-            self.result = make()
-        return self.result
+        with self._lock:
+            references, result = self._kept
+            same = len(sources) == len(references) and all(kept() is now for kept, now in zip(references, sources))
+            if not same or result is None:
+                references = [weakref.ref(source, self._forget) for source in sources]
+                result = make()
+                self._kept = references, result
+            return result
 
     def _forget(self, _):
-        self.sources, self.result = [], None
+        self._kept = [], None
 
 
 class PackedBlock:

@@ -4,8 +4,14 @@ A sampler either chooses a token from probabilities (`get_next_token`: greedy, r
 brings a loop of its own (`__call__`: beam, contrastive).
 """
 
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
 import keras
 import keras_hub
+import numpy as np
 from keras import ops
 
 from keras_gemma import kernels
@@ -95,7 +101,9 @@ def _is_known(sampler):
 class Sampling:
     """A sampler and the values of its variables in the course of a call.
 
-    As a context manager it hands the values back to the sampler at the end, unless they came from a seed.
+    As a context manager it hands the values back to the sampler at the end, unless they came from a seed. Of calls
+    that overlap, in several threads or streams, the first has the sampler's own values and each of the others values
+    that follow from them, so that no two draw the same numbers.
 
     Args:
         sampler: a keras-hub sampler.
@@ -108,15 +116,59 @@ class Sampling:
     def __init__(self, sampler, seed=None):
         self.sampler = sampler
         self.seed = seed
-        self.values = seeded_values(sampler, seed)
+        self.apart = None
+        with _in_turn:
+            self.values = seeded_values(sampler, seed)
+            if seed is None and sampler.variables:
+                self._join(_sampling.setdefault(sampler, Overlapping()))
+
+    def _join(self, others):
+        first = others.first and others.first()
+        if first is None:
+            others.first = weakref.ref(self)
+        else:
+            others.later += 1
+            self.apart = others.later
+            self.values = tuple(_moved_apart(value, self.apart) for value in self.values)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.seed is None:
+        if self.seed is not None or self.apart is not None:
+            return
+        with _in_turn:
             for variable, value in zip(self.sampler.variables, self.values):
                 variable.assign(value)
+            if self.sampler in _sampling:
+                _sampling[self.sampler].first = None
+
+
+@dataclasses.dataclass
+class Overlapping:
+    """The calls that sample with one sampler at the same time.
+
+    Attributes:
+        first: weak reference to the `Sampling` that has the sampler's own values, or `None`.
+        later: int, how many others there were so far.
+    """
+
+    first: Any = None
+    later: int = 0
+
+
+_in_turn = threading.Lock()
+_sampling = weakref.WeakKeyDictionary()
+
+
+def _moved_apart(value, number):
+    """Another state of a generator of random numbers, which follows from its state and a number."""
+    state = ops.convert_to_numpy(value)
+    if state.shape != (2,) or not np.issubdtype(state.dtype, np.integer):
+        # Something else that a user's own sampler keeps.
+        return value
+    words = np.random.SeedSequence([*map(int, state), number]).generate_state(2) >> 1
+    return ops.convert_to_tensor(words, value.dtype)
 
 
 def seeded_values(sampler, seed):
