@@ -18,7 +18,7 @@ class DamagedFileError(ValueError):
 
     def __init__(self, file, reason, kind="", place=None):
         self.file, self.place, self.reason = str(file), place, reason
-        what = f"is truncated, damaged or no {kind}" if kind else "is truncated or damaged"
+        what = f"is truncated, damaged or no {kind}" if kind else "is damaged"
         super().__init__(f"`{file}` {what}{f' where it keeps `{place}`' if place else ''}: {reason}")
 
 
@@ -36,6 +36,9 @@ def reading(file, kind="", place=None):
     except (DamagedFileError, *NO_DAMAGE):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and f"`{file}" in str(error):
+            # Said already, and better.
+            raise
         raise DamagedFileError(file, _reason(error), kind, place) from error
 
 

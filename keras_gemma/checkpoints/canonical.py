@@ -28,6 +28,8 @@ import numpy as np
 
 from keras_gemma.checkpoints.besides_tensors import BesidesTensors
 from keras_gemma.checkpoints.tensor_files import StoredTensor
+from keras_gemma.damaged import reading
+from keras_gemma.settings import check_backbone
 
 SHOWN_NAMES = 3
 ROWS_AT_ONCE = 1024
@@ -73,6 +75,23 @@ class Sizes(NamedTuple):
             "H": self.head_dim,
             "F": self.intermediate_dim // 2,
         }
+
+
+def checked(sizes, where):
+    """The same `Sizes`, if they are those of a model.
+
+    Args:
+        sizes: `Sizes`, as a file says.
+        where: path that the error names.
+
+    Raises:
+        ValueError: for values that no model can have.
+    """
+    try:
+        check_backbone(sizes._asdict())
+    except ValueError as error:
+        raise ValueError(f"`{where}` does not describe a Gemma: {error}") from error
+    return sizes
 
 
 def shapes(sizes):
@@ -132,6 +151,10 @@ class Checkpoint:
     proto: Callable = lambda: None
     besides: Callable = BesidesTensors
 
+    def __post_init__(self):
+        for name in ("proto", "besides"):
+            object.__setattr__(self, name, functools.partial(_reading, self.path, getattr(self, name)))
+
     @functools.cached_property
     def tensors(self):
         """Dict of `StoredTensor` by the names of this module; none of them is read before it is asked for.
@@ -162,6 +185,11 @@ class Checkpoint:
             # One that is missing is named where all are.
             if repeated in self.stored:
                 _check_copy(self.stored[name], self.stored[repeated])
+
+
+def _reading(path, call):
+    with reading(path):
+        return call()
 
 
 def _check_copy(copy, original):
@@ -212,7 +240,7 @@ def _joined(entry, parts, dtype):
     arrays = [part.read() for part in parts]
     for part, array in zip(parts, arrays):
         _check_finite(part, array)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         joined = entry.join(*arrays).astype(dtype, order="C", subok=False, copy=False)
     if any(part.dtype != dtype for part in parts) and not _is_finite(joined):
         raise ValueError(

@@ -24,6 +24,7 @@ from keras_gemma.checkpoints import pytorch_pickle
 from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.checkpoints.loading import open_preset
 from keras_gemma.checkpoints.tensor_files import check_shard_size
+from keras_gemma.damaged import reading
 from keras_gemma.staging import staged
 
 # Those that are known by their files, before folders with a `config.json`, which say themselves what they are.
@@ -49,10 +50,15 @@ def opened(source):
         FileNotFoundError: for a file that a folder or a hub lacks.
         ConnectionError: for a hub that does not answer.
     """
+    path = os.fspath(source)
+    with reading(path):
+        return _opened(path)
+
+
+def _opened(path):
     # Not above: the models import this package.
     from keras_gemma.models import GemmaBackbone
 
-    path = os.fspath(source)
     for module in BY_FILES:
         if os.path.exists(path) and module.is_here(path):
             return module.checkpoint(path)
@@ -105,7 +111,8 @@ def convert(source, target, format=None, dtype=None, max_shard_size=None, tokeni
     checkpoint = opened(source)
     _check_room(target, checkpoint, dtype)
     proto = checkpoint.proto() if tokenizer is None else pathlib.Path(tokenizer).read_bytes()
-    pieces = None if proto is None else tokenizer_files.checked(proto, checkpoint.sizes.vocabulary_size)
+    rows, where = checkpoint.sizes.vocabulary_size, tokenizer or checkpoint.path
+    pieces = None if proto is None else tokenizer_files.checked(proto, rows, where)
     besides = _kept(checkpoint.besides(), name)
     sizes, tensors = canonical.without_padding(checkpoint.sizes, checkpoint.tensors, pieces)
     if dtype is None and checkpoint.format == gguf_file.FORMAT != name:

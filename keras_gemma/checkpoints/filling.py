@@ -122,7 +122,8 @@ def _is_float(dtype):
 
 def _give_value(variable, array):
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    array = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+    with np.errstate(invalid="ignore"):
+        array = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
     if keras.distribution.distribution() is None:
         array = keras.ops.convert_to_tensor(array, dtype)
     # With a distribution, every device takes its shard from host memory: none has to hold the whole.

@@ -138,7 +138,7 @@ def _sizes(stored, where):
         intermediate_dim=2 * feed_forward,
         head_dim=head_dim,
     )
-    return sizes, Layout(rows, has_qkv, mlp_leaf)
+    return canonical.checked(sizes, where), Layout(rows, has_qkv, mlp_leaf)
 
 
 def layout_of(sizes):
@@ -241,7 +241,12 @@ def _open_array(folder, store, key, file, must_have_data):
         parsed_json(store.read(f"{key}/{file}").result().value, folder / key / file)
         kvstore = (store / f"{key}/").spec().to_json()
         spec = {"driver": DRIVERS[file], "kvstore": kvstore, "fill_missing_data_reads": not must_have_data}
-        return _tensorstore().open(spec, open=True, read=True).result()
+        array = _tensorstore().open(spec, open=True, read=True).result()
+        chunk = array.chunk_layout.write_chunk.shape
+        if any(length > max(size, 1) for length, size in zip(chunk, array.shape)):
+            # It would be made whole in memory.
+            raise ValueError(f"chunks of {chunk} are larger than the tensor of {tuple(array.shape)}")
+        return array
 
 
 def _read(folder, open_array, key):

@@ -126,8 +126,9 @@ def checkpoint(path):
             of tensor that is not read; each is named.
     """
     settings, stored = _header(path)
-    _check_gemma_1(path, settings)
-    sizes = _sizes(path, settings, stored)
+    with reading(path, "GGUF file"):
+        _check_gemma_1(path, settings)
+        sizes = _sizes(path, settings, stored)
     return canonical.Checkpoint(
         path=path,
         format=FORMAT,
@@ -218,9 +219,9 @@ def _sizes(path, settings, stored):
     if rows and settings.get("gemma.vocab_size", rows) != rows:
         raise ValueError(f"`{path}` says `gemma.vocab_size` = {settings['gemma.vocab_size']}, and has {rows} rows.")
     epsilon = np.float32(setting("gemma.attention.layer_norm_rms_epsilon"))
-    return canonical.Sizes(
+    sizes = canonical.Sizes(
         # A file without an embedding is refused for that.
-        vocabulary_size=rows,
+        vocabulary_size=rows or 1,
         num_layers=setting("gemma.block_count"),
         num_query_heads=setting("gemma.attention.head_count"),
         num_key_value_heads=setting("gemma.attention.head_count_kv"),
@@ -230,6 +231,7 @@ def _sizes(path, settings, stored):
         # 1e-06 is meant where float32 has 9.99999997e-07.
         layer_norm_epsilon=float(str(epsilon)),
     )
+    return canonical.checked(sizes, path)
 
 
 def _setting(path, settings, key):
@@ -419,8 +421,9 @@ def _proto(path, settings):
         return None
     if kind != "llama":
         raise ValueError(f"Gemma's vocabulary is of type 'llama' in GGUF. Received: {kind!r} in `{path}`")
-    pieces = _pieces(path, settings)
-    return tokenizer_files.built(pieces, _special_ids(path, settings, len(pieces)))
+    with reading(path, place="tokenizer.ggml"):
+        pieces = _pieces(path, settings)
+        return tokenizer_files.built(pieces, _special_ids(path, settings, len(pieces)))
 
 
 def _pieces(path, settings):

@@ -32,6 +32,7 @@ from keras_gemma.checkpoints.tensor_files import write_shards
 from keras_gemma.checkpoints.tokenizer_files import TOKENIZER_FILE
 from keras_gemma.checkpoints.tokenizer_files import VOCABULARY_FILE
 from keras_gemma.checkpoints.tokenizer_files import hugging_face_files
+from keras_gemma.damaged import NO_DAMAGE
 
 FORMAT = "hugging_face"
 SINGLE_FILE = "model.safetensors"
@@ -64,18 +65,19 @@ class HuggingFacePreset:
     def sizes(self):
         """The model's `Sizes`."""
         try:
-            return canonical.Sizes(
+            sizes = canonical.Sizes(
                 vocabulary_size=self.config["vocab_size"],
                 num_layers=self.config["num_hidden_layers"],
                 num_query_heads=self.config["num_attention_heads"],
                 num_key_value_heads=self.config["num_key_value_heads"],
                 hidden_dim=self.config["hidden_size"],
-                intermediate_dim=2 * self.config["intermediate_size"],
+                intermediate_dim=_doubled(self.config["intermediate_size"]),
                 head_dim=self.config["head_dim"],
                 layer_norm_epsilon=self.config.get("rms_norm_eps", canonical.LAYER_NORM_EPSILON),
             )
         except KeyError as error:
             raise ValueError(f"`config.json` of `{self.location}` lacks {error}.") from error
+        return canonical.checked(sizes, f"{self.location}/config.json")
 
     def backbone_config(self, cls):
         """Constructor arguments of the backbone."""
@@ -151,7 +153,9 @@ class HuggingFacePreset:
     def _named_errors(self):
         try:
             yield
-        except ValueError as error:
+        except NO_DAMAGE:
+            raise
+        except Exception as error:
             raise ValueError(f"The tokenizer of `{self.location}` does not load: {error}") from error
 
     def besides(self):
@@ -224,6 +228,11 @@ class HuggingFacePreset:
             path = required_file(self.location, single_file)
             return path, [path]
         return index, [required_file(self.location, shard) for shard in shards_of(index)]
+
+
+def _doubled(size):
+    """The size of both branches of the GeGLU; what is no number is refused as it is."""
+    return 2 * size if isinstance(size, int) and not isinstance(size, bool) else size
 
 
 def _check_architecture(location, config):

@@ -16,6 +16,7 @@ from keras_gemma.checkpoints.memory_needs import LORA_RANK
 from keras_gemma.checkpoints.memory_needs import bytes_on_disk
 from keras_gemma.checkpoints.memory_needs import memory_needs
 from keras_gemma.checkpoints.memory_needs import readable_bytes
+from keras_gemma.checkpoints.tokenizer_files import number_of_pieces
 
 # The models that were released, by layers and width.
 RELEASED = {(18, 2048): "Gemma 2B", (28, 3072): "Gemma 7B"}
@@ -115,7 +116,7 @@ def inspect(path, numbers=True):
     parameters = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
     proto, besides, doubts_about_files = _described(checkpoint)
     seen = {name: _numbers(tensor) for name, tensor in tensors.items()} if numbers else {}
-    pieces = _pieces(proto) if proto else None
+    pieces = number_of_pieces(proto, checkpoint.path) if proto else None
     return Inspection(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -157,7 +158,9 @@ def _numbers(tensor):
     array = tensor.read()
     count, total, squares, largest, not_finite = 0, 0.0, 0.0, 0.0, 0
     for rows in canonical.some_rows(array):
-        chunk = np.asarray(array[rows]).astype("float64").ravel()
+        # Damaged numbers may be none that can be cast.
+        with np.errstate(invalid="ignore"):
+            chunk = np.asarray(array[rows]).astype("float64").ravel()
         finite = chunk[np.isfinite(chunk)]
         not_finite += chunk.size - finite.size
         count += finite.size
@@ -167,12 +170,6 @@ def _numbers(tensor):
     mean = total / max(count, 1)
     variance = max(0.0, squares / max(count, 1) - mean**2)
     return Numbers(float(mean), math.sqrt(variance), float(largest), int(not_finite))
-
-
-def _pieces(proto):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
 
 
 def _doubts_about_pieces(pieces, sizes):

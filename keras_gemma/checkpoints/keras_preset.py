@@ -27,6 +27,9 @@ from keras_gemma.checkpoints.tensor_files import h5_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_h5
 from keras_gemma.checkpoints.tensor_files import write_shards
+from keras_gemma.damaged import DamagedFileError
+from keras_gemma.damaged import reading
+from keras_gemma.settings import shown
 
 PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
@@ -97,8 +100,8 @@ class KerasPreset:
 
     def tokenizer_config(self, config_file):
         """Constructor arguments of the tokenizer."""
-        content = read_json(required_file(self.location, config_file))
-        return {**content["config"], **said_beside(content)}
+        path = required_file(self.location, config_file)
+        return {**settings_in(path), **said_beside(read_json(path))}
 
     def vocabulary(self, config_file):
         """Local path of the SentencePiece model, and its bytes."""
@@ -107,8 +110,7 @@ class KerasPreset:
 
     def _config_of(self, file_name, cls):
         path = optional_file(self.location, file_name)
-        content = read_json(path) if path else None
-        return content["config"] if content and is_of_class(content, cls) else None
+        return settings_in(path) if path and is_of_class(read_json(path), cls) else None
 
     def fill_backbone(self, backbone):
         """Gives a backbone that was built without values those of the preset."""
@@ -181,7 +183,8 @@ class KerasPreset:
         _check_settings(self.location, config)
         if is_quantized(config.get("dtype")):
             raise ValueError(f"Floating weights are converted. Received: `{self.location}`, which is quantised")
-        return canonical.Sizes(**{name: config[name] for name in canonical.Sizes._fields if name in config})
+        sizes = canonical.Sizes(**{name: config[name] for name in canonical.Sizes._fields if name in config})
+        return canonical.checked(sizes, f"{self.location}/{hub.CONFIG_FILE}")
 
     def _proto(self):
         path = optional_file(self.location, f"assets/{hub.TOKENIZER_CONFIG_FILE.split('.')[0]}/{VOCABULARY_FILE}")
@@ -192,10 +195,8 @@ class KerasPreset:
         if settings is None or not task.has_task_weights():
             return
         path = self.task_weights_file()
-        try:
+        with reading(path, "file of this model's weights"):
             task.load_task_weights(path)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"`{path}` is damaged, or of another model: {error}") from error
 
     def task_weights_file(self):
         """Local path of the weights that a task has besides its backbone's."""
@@ -358,9 +359,21 @@ def fill_from(checkpoint, backbone):
     fill(backbone, wanted, checkpoint.stored, checkpoint.where, checkpoint.ignored)
 
 
+def settings_in(path):
+    """The constructor arguments in the file of a serialised object.
+
+    Raises:
+        DamagedFileError: for a file without them.
+    """
+    config = read_json(path).get("config")
+    if not isinstance(config, dict):
+        raise DamagedFileError(path, f"`config` must be an object. Received: {shown(config)}", "preset")
+    return config
+
+
 def is_of_class(content, cls):
     """Whether a serialised object is one that `cls`, under any package's name, was made to load."""
-    package, _, name = (content.get("registered_name") or "").rpartition(">")
+    package, _, name = str(content.get("registered_name") or "").rpartition(">")
     if keras.saving.get_registered_name(cls) == f"{package}>{name}":
         return True
     return package in PACKAGES and name in {base.__name__ for base in cls.__mro__}

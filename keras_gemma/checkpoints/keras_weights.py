@@ -54,7 +54,8 @@ def _sizes(path, stored):
     kv_heads, _, _ = usual(BLOCK + "attention/key_dense/vars/0", "KDH")
     _, branch = usual(BLOCK + "gating_ffw/vars/0", "DF")
     layers = canonical.number_of_blocks(stored, BLOCK.format(index=INDEX))
-    return canonical.Sizes(vocabulary_size, layers, heads, kv_heads, hidden_dim, 2 * branch, head_dim)
+    sizes = canonical.Sizes(vocabulary_size, layers, heads, kv_heads, hidden_dim, 2 * branch, head_dim)
+    return canonical.checked(sizes, path)
 
 
 def write(target, sizes, tensors, proto, dtype=None):

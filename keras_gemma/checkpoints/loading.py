@@ -14,6 +14,8 @@ from keras_gemma.checkpoints.keras_preset import with_source_dtype
 from keras_gemma.checkpoints.locating import locate
 from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
+from keras_gemma.checkpoints.tokenizer_files import number_of_pieces
+from keras_gemma.damaged import reading
 
 SHORTEST_PROTO = 2048
 
@@ -112,7 +114,8 @@ def load_task(cls, preset, load_weights=True, **kwargs):
         raise ValueError("`sequence_length` belongs to the preset's preprocessor. Received: a `preprocessor` as well")
     if "backbone" not in kwargs:
         kwargs["backbone"] = _backbone(cls.backbone_cls, source, load_weights, {"dtype": dtype})
-    task = cls(**{**config, **kwargs})
+    with _settings_of(source, hub.TASK_CONFIG_FILE, {} if config else {"nothing": "of it"}):
+        task = cls(**{**config, **kwargs})
     if load_weights:
         source.fill_task(task, task_config)
     return task
@@ -122,10 +125,11 @@ def open_preset(cls, preset, config_only=False):
     """A `KerasPreset` or a `HuggingFacePreset`. Arguments and errors are those of `load_backbone`."""
     location = locate(cls, preset, config_only)
     config = read_json(required_file(location, hub.CONFIG_FILE))
-    if config.get("registered_name"):
-        return KerasPreset(location, config)
-    if "model_type" in config:
-        return HuggingFacePreset(location, config)
+    with reading(location, "preset"):
+        if config.get("registered_name"):
+            return KerasPreset(location, config)
+        if "model_type" in config:
+            return HuggingFacePreset(location, config)
     raise ValueError(
         "`config.json` of a preset holds a `registered_name` (Keras format) or a `model_type` (Hugging Face format). "
         f"Received: `{location}` with {sorted(config)}"
@@ -133,13 +137,14 @@ def open_preset(cls, preset, config_only=False):
 
 
 def _backbone(cls, source, load_weights, kwargs):
-    config = source.backbone_config(cls)
     dtype = kwargs.pop("dtype", None)
-    if dtype is not None:
-        dtype = with_source_dtype(config["dtype"], dtype) if config["dtype"] else dtype
-        config["dtype"] = dtype
+    with _settings_of(source, hub.CONFIG_FILE):
+        config = source.backbone_config(cls)
+        if dtype is not None:
+            dtype = with_source_dtype(config["dtype"], dtype) if config["dtype"] else dtype
+            config["dtype"] = dtype
     config = {**config, **kwargs}
-    with without_values() if load_weights else contextlib.nullcontext():
+    with _settings_of(source, hub.CONFIG_FILE, kwargs), without_values() if load_weights else contextlib.nullcontext():
         backbone = cls.from_config(config)
     resolve_policies(backbone)
     if load_weights:
@@ -163,10 +168,13 @@ def _tokenizer(cls, source, config, config_file, kwargs):
     if config.get("proto") is not None:
         return cls.from_config(config)
     where, config["proto"] = source.vocabulary(config_file)
+    number_of_pieces(config["proto"], where)
     try:
         return cls.from_config(config)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"`{where}` does not serve as a vocabulary: {error}") from error
+        raise ValueError(
+            f"`{where}` does not serve as a vocabulary with the settings of the preset: {error}"
+        ) from error
 
 
 def _check_proto(source, proto):
@@ -188,7 +196,18 @@ def _preprocessor(cls, source, config, kwargs):
     tokenizer_config = config.pop("tokenizer", None)
     if "tokenizer" not in kwargs:
         kwargs["tokenizer"] = _nested_tokenizer(cls.tokenizer_cls, source, tokenizer_config)
-    return cls.from_config({**config, **kwargs})
+    with _settings_of(source, hub.PREPROCESSOR_CONFIG_FILE, {**kwargs, "tokenizer": None}):
+        return cls.from_config({**config, **kwargs})
+
+
+@contextlib.contextmanager
+def _settings_of(source, file_name, given=None):
+    """Errors name a preset's file where its settings are all that a constructor is given."""
+    if any(value is not None for value in (given or {}).values()):
+        yield
+    else:
+        with reading(f"{source.location}/{file_name}", "preset"):
+            yield
 
 
 def _nested_tokenizer(cls, source, content):

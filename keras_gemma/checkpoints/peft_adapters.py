@@ -12,6 +12,7 @@ import pathlib
 import re
 
 import numpy as np
+import regex
 from keras import ops
 
 from keras_gemma.checkpoints.canonical import listed
@@ -24,10 +25,15 @@ from keras_gemma.checkpoints.tensor_files import StoredTensor
 from keras_gemma.checkpoints.tensor_files import safetensors_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
 from keras_gemma.checkpoints.tensor_files import write_safetensors
+from keras_gemma.damaged import reading
+from keras_gemma.settings import check_number
+from keras_gemma.settings import shown
 from keras_gemma.staging import staged
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight")
+LONGEST_PATTERN, SECONDS_OF_MATCHING = 500, 1.0
+COUNTED = re.compile(r"\{\s*\d|\{,")
 LORA_ALPHA = 8  # of PEFT, where its file does not say
 # Settings of training, and those that say no more than the tensors do.
 NO_MATTER = {
@@ -147,9 +153,11 @@ def load_adapters(backbone, folder):
         raise ValueError("Adapters are loaded into a backbone without. Received: one after `enable_lora`")
     config = _checked_config(folder / CONFIG_FILE)
     factors = _factors(folder / WEIGHTS_FILE, layers)
+    with reading(folder / CONFIG_FILE, "file of PEFT's settings"):
+        scales = {place: _scale(config, path, len(inner)) for place, (path, inner, _) in factors.items()}
     pairs = {
-        place: _to_keras(inner, outer * _scale(config, path, len(inner)), layers[place].kernel.shape, place[1])
-        for place, (path, inner, outer) in factors.items()
+        place: _to_keras(inner, outer * scales[place], layers[place].kernel.shape, place[1])
+        for place, (_, inner, outer) in factors.items()
     }
     rank = max(len(second) for _, second in pairs.values())
     backbone.enable_lora(rank, target_layer_names=sorted({layers[place].name for place in pairs}))
@@ -222,9 +230,23 @@ def _matrix_shape(kernel, module):
 def _scale(config, path, rank):
     patterns = config.get("alpha_pattern") or {}
     # As PEFT does: of several patterns that match, the first.
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    matching = (value for pattern, value in patterns.items() if _matches(pattern, path))
     alpha = next(matching, config.get("lora_alpha", LORA_ALPHA))
+    check_number({"lora_alpha": alpha}, "lora_alpha", "a finite number", lambda value: True)
     return alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(pattern, path):
+    """Whether a layer's path ends with what a regular expression of a file describes, in a time that is bounded."""
+    # Counted repetitions inside each other grow without bound before anything is matched.
+    if len(pattern) > LONGEST_PATTERN or COUNTED.search(pattern):
+        raise ValueError(
+            f"Patterns have up to {LONGEST_PATTERN} characters and no counted repetitions. Received: {shown(pattern)}"
+        )
+    try:
+        return regex.match(rf"(.*\.)?({pattern})$", path, timeout=SECONDS_OF_MATCHING) is not None
+    except (regex.error, TimeoutError, RecursionError) as error:
+        raise ValueError(f"The pattern {shown(pattern)} cannot be matched: {error}") from error
 
 
 def _to_keras(inner, outer, kernel, module):

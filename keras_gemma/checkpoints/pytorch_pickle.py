@@ -139,7 +139,7 @@ def _sizes(stored, path, head_dim):
             f"Rows of `qkv_proj` are (N + 2·K)·H and columns of `o_proj` are N·H, with H = {head_dim}. "
             f"Received: {projected} and {attended} in `{path}`"
         )
-    return canonical.Sizes(
+    sizes = canonical.Sizes(
         vocabulary_size=rows,
         num_layers=canonical.number_of_blocks(stored, r"model\.layers\.(\d+)\."),
         num_query_heads=attended // head_dim,
@@ -148,6 +148,7 @@ def _sizes(stored, path, head_dim):
         intermediate_dim=2 * feed_forward,
         head_dim=head_dim,
     )
+    return canonical.checked(sizes, path)
 
 
 def table_of(sizes):

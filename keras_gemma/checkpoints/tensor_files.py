@@ -17,6 +17,7 @@ from keras_gemma.checkpoints.h5_writing import h5_file
 from keras_gemma.checkpoints.json_files import parsed_json
 from keras_gemma.damaged import DamagedFileError
 from keras_gemma.damaged import reading
+from keras_gemma.settings import shown
 
 BYTES_OF_GB = 1024**3
 SAFETENSORS_DTYPES = {
@@ -152,15 +153,30 @@ def safetensors_tensors(path):
 def _safetensors_header(path):
     """By name, the dtype, shape and first byte of each tensor; and the byte where the data begins."""
     with reading(path, "safetensors file"):
-        # It looks at the header alone: its syntax, and that tensors fill the rest of the file, without a gap.
-        with safetensors.safe_open(path, framework="np"):
-            pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > os.path.getsize(path):
+                raise ValueError(f"a header of {length} bytes is announced")
             header = parsed_json(file.read(length), path)
         header.pop("__metadata__", None)
-        described = {name: (entry["dtype"], entry["shape"], entry["data_offsets"][0]) for name, entry in header.items()}
-        return described, 8 + length
+        for name, entry in header.items():
+            _check_entry(path, name, entry)
+        # The library looks at the whole: tensors fill the rest of the file, without a gap. It names none of them.
+        with safetensors.safe_open(path, framework="np"):
+            pass
+    described = {name: (entry["dtype"], entry["shape"], entry["data_offsets"][0]) for name, entry in header.items()}
+    return described, 8 + length
+
+
+def _check_entry(path, name, entry):
+    try:
+        (begin, end), shape = entry["data_offsets"], entry["shape"]
+        described = isinstance(entry["dtype"], str) and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+    except (KeyError, TypeError, ValueError):
+        described = False
+    if not described or begin > end:
+        reason = f"a tensor has `dtype`, `shape` and two `data_offsets`. Received: {shown(entry)}"
+        raise DamagedFileError(path, reason, "safetensors file", place=name)
 
 
 def _safetensors_tensor(path, name, dtype, shape, begin, data_start):

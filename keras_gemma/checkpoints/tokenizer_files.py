@@ -9,6 +9,8 @@ first of which goes first. One follows from the other, as long as the list has e
 
 import json
 
+from keras_gemma.damaged import reading
+
 # Tokens of the rows that Gemma 1 was trained on.
 CONTEXT_LENGTH = 8192
 VOCABULARY_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
@@ -98,28 +100,47 @@ def hugging_face_files(proto, chat_template=None, opens_with_bos=True, stop_toke
     return {VOCABULARY_FILE: bytes(proto), **as_bytes}
 
 
-def checked(proto, rows):
+def checked(proto, rows, where="the vocabulary"):
     """How many pieces a SentencePiece model has.
 
     Args:
         proto: bytes.
         rows: int, of the embedding.
+        where: path that the error names.
 
     Raises:
-        ValueError: for bytes that are no SentencePiece model, and for more pieces than rows.
+        DamagedFileError: as `number_of_pieces`.
+        ValueError: for more pieces than rows.
+    """
+    pieces = number_of_pieces(proto, where)
+    if pieces > rows:
+        raise ValueError(
+            f"Each piece needs a row of the embedding. Received: {pieces} pieces, {rows} rows in `{where}`"
+        )
+    return pieces
+
+
+def number_of_pieces(proto, where):
+    """How many pieces a SentencePiece model has.
+
+    Args:
+        proto: bytes.
+        where: path that the error names.
+
+    Raises:
+        DamagedFileError: for bytes that are no SentencePiece model.
     """
     # Slow to import.
     import sentencepiece
 
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size() if proto else 0
-    except RuntimeError as error:
-        raise ValueError(f"A vocabulary is a SentencePiece model. Received one that does not load: {error}") from error
-    if not pieces:
-        raise ValueError("A vocabulary is a SentencePiece model. Received one without pieces")
-    if pieces > rows:
-        raise ValueError(f"Each piece needs a row of the embedding. Received: {pieces} pieces, {rows} rows")
-    return pieces
+    with reading(where, "SentencePiece model"):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto) if proto else None
+        pieces = processor.get_piece_size() if processor else 0
+        if not pieces:
+            raise ValueError("it has no pieces")
+        # Each of them is text, which the library does not look at before.
+        processor.id_to_piece(list(range(pieces)))
+        return pieces
 
 
 # === From tokenizer.json ===
@@ -128,7 +149,7 @@ def checked(proto, rows):
 def _read(content):
     try:
         described = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"A `tokenizer.json` is a JSON file. Received one that does not parse: {error}") from error
     if not isinstance(described, dict):
         raise ValueError("A `tokenizer.json` is a JSON object with a `model`. Received one without.")

@@ -6,6 +6,7 @@ from keras import ops
 from keras_gemma import checkpoints
 from keras_gemma import distribution
 from keras_gemma import kernels
+from keras_gemma import settings
 from keras_gemma.models import lora
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 from keras_gemma.models.description import described
@@ -103,7 +104,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Hidden states `[B, T, D]` in the compute dtype.
 
     Raises:
-        ValueError: for a value that Gemma 1 does not have, or heads that do not divide.
+        ValueError: for a value that Gemma 1 does not have, sizes that are no positive whole numbers or more than 1000
+            layers, heads that do not divide, an epsilon or a dropout that is none.
 
     Example:
 
@@ -162,6 +164,12 @@ class GemmaBackbone(keras_hub.models.Backbone):
             "layer_norm_epsilon": layer_norm_epsilon,
             "dropout": dropout,
         }
+        sizes = {
+            "vocabulary_size": vocabulary_size,
+            "num_layers": num_layers,
+            "sliding_window_size": sliding_window_size,
+        }
+        settings.check_backbone({**sizes, **of_block})
         _check_weights(vocabulary_size, **of_block)
 
         # === Layers ===
@@ -208,8 +216,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         x = kernels.stream_apart(self.embedding_scale(x))
         if training:
             kernels.refuse_uneven_columns(x.shape[1])
-            settings = {"recompute": self.recompute, "scan": self.scan_layers}
-            x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **settings)
+            how = {"recompute": self.recompute, "scan": self.scan_layers}
+            x = kernels.run_layers(self.transformer_layers, x, sine, cosine, segments, **how)
         else:
             for block in self.transformer_layers:
                 x = kernels.stream_apart(block(x, sine, cosine, segments))

@@ -15,6 +15,7 @@ from keras_gemma.models.chat_format import merge_system_message
 from keras_gemma.models.chat_format import without_turn_markers
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.tokenizer import GemmaTokenizer
+from keras_gemma.settings import check_preprocessor
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         merge_system_messages=False,
         **kwargs,
     ):
+        check_preprocessor(
+            sequence_length,
+            add_start_token=add_start_token,
+            add_end_token=add_end_token,
+            allow_special_tokens=allow_special_tokens,
+            merge_system_messages=merge_system_messages,
+        )
         super().__init__(
             tokenizer,
             sequence_length=sequence_length,
@@ -218,8 +226,10 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return Row(ids, learned) if self.add_start_token else Row(ids[1:], learned[1:])
 
     def _text_ids(self, text, allow_special_tokens=None):
-        while text.startswith(self.tokenizer.start_token):
-            text = text.removeprefix(self.tokenizer.start_token)
+        marker, begin = self.tokenizer.start_token, 0
+        while text.startswith(marker, begin):
+            begin += len(marker)
+        text = text[begin:]
         start = [self.tokenizer.start_token_id] if self.add_start_token else []
         allow = self.allow_special_tokens if allow_special_tokens is None else allow_special_tokens
         return start + self._encode(text, allow)

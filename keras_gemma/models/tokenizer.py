@@ -1,8 +1,11 @@
+import os
+
 import keras
 import keras_hub
 import numpy as np
 
 from keras_gemma import checkpoints
+from keras_gemma.damaged import reading
 from keras_gemma.data import text_checks
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import END_OF_TURN
@@ -59,6 +62,13 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             raise ValueError(f"Stop tokens are tokens of the vocabulary. Received: {missing[0]!r}")
         # There is nothing to build, and `quantize` of a whole model refuses layers that are not.
         self.built = True
+
+    def set_proto(self, proto):
+        """Takes a vocabulary, a path or bytes; a `DamagedFileError` says that it is none."""
+        proto = os.fspath(proto) if isinstance(proto, os.PathLike) else proto
+        is_path = isinstance(proto, str) and os.path.exists(proto)
+        with reading(proto if is_path else "proto", "SentencePiece model"):
+            super().set_proto(proto)
 
     # Graphs call back into Python, as in the preprocessor. TensorFlow Text would be slow to start, and its tokenizer
     # is gone as soon as `keras.utils.set_random_seed` clears TensorFlow's caches.

@@ -1,4 +1,6 @@
-"""Loads damaged files of every format and counts what came of it: `python damaged_inputs.py FOLDER SEED COUNT`.
+"""Loads damaged files of every format, and counts what came of it.
+
+    python damaged_inputs.py all FOLDER SEED COUNT VOCABULARY
 
 A process of its own: a library that crashes ends this one, and what it was given lies in FOLDER.
 """
@@ -13,10 +15,10 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import tensorstore
 import torch
 from checkpoints.damaging import Good
 from checkpoints.damaging import damaged
@@ -51,6 +53,7 @@ def goods(folder, vocabulary):
     (folder / "hf_json").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(folder / "hf" / name, folder / "hf_json" / name)
+    _database(folder / "flax", folder / "ocdbt")
     _torch_files(folder)
     adapted = GemmaBackbone(**SIZES)
     adapted.enable_lora(2)
@@ -62,12 +65,22 @@ def goods(folder, vocabulary):
     data.write_array_record(rows, folder / "rows.array_record")
     loads = {
         "keras": _task, "sharded": _task, "hf": _task, "hf_json": _task, "peft": _adapters,
-        "hf_shards": _tensors, "m.gguf": _tensors, "flax": _tensors, "m.weights.h5": _tensors, "bin": _tensors,
-        "m.ckpt": _tensors, "vocabulary.spm": _vocabulary, "rows.jsonl": functools.partial(_rows, data.from_jsonl),
+        "hf_shards": _tensors, "m.gguf": _tensors, "flax": _tensors, "ocdbt": _tensors, "m.weights.h5": _tensors,
+        "bin": _tensors, "m.ckpt": _tensors, "vocabulary.spm": _vocabulary,
+        "rows.jsonl": functools.partial(_rows, data.from_jsonl),
         "rows.parquet": functools.partial(_rows, data.from_parquet),
         "rows.array_record": functools.partial(_rows, data.from_array_record),
     }  # fmt: skip
     return {name: Good(folder / name, load) for name, load in loads.items()}
+
+
+def _database(source, folder):
+    """The Flax checkpoint as Orbax writes it now: one database of all tensors."""
+    for name, tensor in converting.opened(source).stored.items():
+        array = tensor.read()
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}}
+        dtype = tensorstore.dtype(array.dtype)
+        tensorstore.open(spec, create=True, dtype=dtype, shape=array.shape).result().write(array).result()
 
 
 def _torch_files(folder):
@@ -88,10 +101,7 @@ def _torch_files(folder):
 
 
 def _tensors(path):
-    checkpoint = converting.opened(path)
-    arrays = [tensor.read() for tensor in checkpoint.tensors.values()]
-    proto = checkpoint.proto()
-    return len(arrays), proto and GemmaTokenizer(proto).vocabulary_size()
+    checkpoints.inspect(path)
 
 
 def _task(path):
@@ -121,7 +131,7 @@ def inputs(good, seed, count):
     """Damages the copy of a good one; yields the damaged file and what was done. `count` for each of its files."""
     for name, file in files_of(good.path).items():
         content = file.read_bytes()
-        for way, changed in damaged(content, name or file.name, seed, count):
+        for way, changed in damaged(content, file.name if name == "." else name, seed, count):
             file.write_bytes(changed)
             yield file, way
         if file.suffix == ".h5":
@@ -170,9 +180,9 @@ def results(good, seed, count):
 
 
 if __name__ == "__main__":
-    name, folder, seed, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    names, folder, seed, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     everything = goods(folder, Path(sys.argv[5]).read_bytes())
-    for name in everything if name == "all" else name.split(","):
+    for name in everything if names == "all" else names.split(","):
         counts, wrong = results(everything[name], seed, count)
         print(json.dumps({"format": name, **counts}), flush=True)
         for line in dict.fromkeys(wrong):

@@ -30,7 +30,9 @@ class Good:
 
 def files_of(path):
     """The files of a `Good`, by what follows its path."""
-    return {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+    return (
+        {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+    )
 
 
 def damaged(content, name, seed, count):
