@@ -10,7 +10,7 @@ hugging_face    safetensors                  pytorch_pickle   .bin of Hugging Fa
 gguf_file       llama.cpp's files            flax_orbax       google-deepmind/gemma's folders
 tokenizer_files tokenizer.model and tokenizer.json      tokenizer_folder    all that a folder says of its tokenizer
 besides_tensors what a model has besides tensors, and which format has a place for it
-peft_adapters   LoRA adapters of PEFT
+peft_adapters   LoRA adapters of PEFT        lora_files       those of Keras
 
 The models hand in their classes for loading and saving.
 """
@@ -25,6 +25,8 @@ from keras_gemma.checkpoints.loading import load_backbone
 from keras_gemma.checkpoints.loading import load_preprocessor
 from keras_gemma.checkpoints.loading import load_task
 from keras_gemma.checkpoints.loading import load_tokenizer
+from keras_gemma.checkpoints.lora_files import read_lora
+from keras_gemma.checkpoints.lora_files import save_lora
 from keras_gemma.checkpoints.peft_adapters import load_adapters
 from keras_gemma.checkpoints.peft_adapters import save_adapters
 from keras_gemma.checkpoints.saving import save_backbone
@@ -43,8 +45,10 @@ __all__ = [
     "load_preprocessor",
     "load_task",
     "load_tokenizer",
+    "read_lora",
     "save_adapters",
     "save_backbone",
+    "save_lora",
     "save_preprocessor",
     "save_task",
     "save_tokenizer",

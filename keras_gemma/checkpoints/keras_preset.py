@@ -33,7 +33,8 @@ from keras_gemma.settings import shown
 
 PACKAGES = ("keras_hub", "keras_nlp", "keras_gemma")
 VOCABULARY_FILE = "vocabulary.spm"
-LOADABLE_QUANTIZATIONS = (None, "int8", "int4", "float8")
+LOADABLE_QUANTIZATIONS = (None, "int8", "int4", "float8", "gptq", "awq")
+CALIBRATED = ("gptq", "awq")
 FORMAT = "keras"
 KEEPS = tuple(besides_tensors.NAMES)
 HEAD, HEAD_BIAS = "layers/dense/vars/0", "layers/dense/vars/1"
@@ -118,6 +119,10 @@ class KerasPreset:
         stored = tensors_of_files(files, h5_tensors)
         wanted = [Wanted(v, name, tuple(v.shape), lambda array: array) for name, v in variables_by_name(backbone)]
         fill(backbone, wanted, stored, where)
+        for _, layer in layers_by_path(backbone):
+            # Which Keras notes where it loads a layer itself.
+            if layer.quantization_mode in CALIBRATED:
+                setattr(layer, f"is_{layer.quantization_mode}_calibrated", True)
 
     def checkpoint(self):
         """The model's `Checkpoint`.

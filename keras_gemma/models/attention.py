@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_gemma import kernels
+from keras_gemma.models.einsum_dense import EinsumDense
 
 # What a recomputation policy calls them.
 NAMES_OF_HEADS = ("query", "key", "value")
@@ -43,7 +44,7 @@ class GemmaAttention(keras.layers.Layer):
         self.value_dense = self._projection("bsd,kdh->bskh", self.num_key_value_heads, "value")
         for projection in (self.query_dense, self.key_dense, self.value_dense):
             projection.build(input_shape)
-        self.output_dense = keras.layers.EinsumDense(
+        self.output_dense = EinsumDense(
             "btnh,nhd->btd", output_shape=(None, hidden_dim), dtype=self.dtype_policy, name="attention_output"
         )
         self.output_dense.build((None, None, self.num_query_heads, self.head_dim))
@@ -52,9 +53,7 @@ class GemmaAttention(keras.layers.Layer):
         self.built = True
 
     def _projection(self, equation, heads, name):
-        return keras.layers.EinsumDense(
-            equation, output_shape=(None, heads, self.head_dim), dtype=self.dtype_policy, name=name
-        )
+        return EinsumDense(equation, output_shape=(None, heads, self.head_dim), dtype=self.dtype_policy, name=name)
 
     def call(self, x, sine, cosine, segment_ids, training=None):
         query, key, value = self.project(x, sine, cosine)

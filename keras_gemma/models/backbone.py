@@ -8,6 +8,7 @@ from keras_gemma import distribution
 from keras_gemma import kernels
 from keras_gemma import settings
 from keras_gemma.models import lora
+from keras_gemma.models import quantization
 from keras_gemma.models.decoder_block import GemmaDecoderBlock
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import PACKED_INPUTS
@@ -246,6 +247,27 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)
 
+    # === Quantisation ===
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantises the weights in place. See `keras.Model.quantize`.
+
+        Args:
+            mode: `"int8"`, `"int4"` or `"float8"`; with a `config` of `keras.quantizers` also `"gptq"` and `"awq"`,
+                which measure texts first: `GPTQConfig(dataset=texts, tokenizer=preprocessor.tokenizer)`.
+            config: optional configuration of `keras.quantizers`.
+            filters: optional regular expression of the names of layers, or several of them, or a callable.
+
+        Raises:
+            ValueError: for float8, GPTQ and AWQ of a backbone with adapters.
+        """
+        with quantization.quantizing(self, mode, config):
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """Which layers GPTQ and AWQ go through, in their order. `None` for other modes."""
+        return quantization.structure_of(self, mode)
+
     # === Adapters ===
 
     def enable_lora(self, rank, target_layer_names=None, lora_alpha=None):
@@ -306,6 +328,37 @@ class GemmaBackbone(keras_hub.models.Backbone):
         """
         lora.refuse_without_adapters(self)
         lora.merge(self)
+
+    @distribution.written_once
+    def save_lora_weights(self, filepath):
+        """Writes the adapters to a file, with the names of their layers, rank and alpha.
+
+        keras-hub's Gemma reads it too, where alpha is the rank and the layers are query and value.
+
+        Args:
+            filepath: path that ends with `.lora.h5`. A file that exists is replaced when the new one is complete.
+
+        Raises:
+            ValueError: for a backbone without adapters, and for another ending.
+            OSError: for a disk without room.
+        """
+        lora.refuse_without_adapters(self)
+        checkpoints.save_lora(self, filepath, lora.adapted_layers(self))
+
+    def load_lora_weights(self, filepath):
+        """Takes adapters from a file that `save_lora_weights` wrote here or in keras-hub.
+
+        A backbone without adapters gets them, as by `enable_lora`, for the layers and with the rank of the file.
+
+        Args:
+            filepath: path.
+
+        Raises:
+            FileNotFoundError: for a missing file.
+            ValueError: for a damaged file, adapters of a model with other blocks or shapes, and a backbone that has
+                adapters of another rank or of other layers. The backbone is as it was then.
+        """
+        lora.load(self, checkpoints.read_lora(self, filepath, lora.adaptable_layers(self)))
 
     @staticmethod
     def get_layout_map(
@@ -383,7 +436,6 @@ class GemmaBackbone(keras_hub.models.Backbone):
         checkpoints.save_backbone(self, preset_dir, max_shard_size=max_shard_size)
 
     save_weights = distribution.written_once(checkpoints.save_weights)
-    save_lora_weights = distribution.written_once(keras_hub.models.Backbone.save_lora_weights)
 
 
 def _check_weights(vocabulary_size, num_query_heads, num_key_value_heads, hidden_dim, intermediate_dim, head_dim, **_):

@@ -9,6 +9,7 @@ from keras_gemma import distribution
 from keras_gemma import generation
 from keras_gemma import kernels
 from keras_gemma.models import generating
+from keras_gemma.models import quantization
 from keras_gemma.models import scoring
 from keras_gemma.models import text_generation
 from keras_gemma.models.backbone import GemmaBackbone
@@ -661,6 +662,17 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
         return generation.empty_cache(self.backbone, batch_size, max_length)
+
+    # === Quantisation ===
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantises the weights in place. Arguments and errors are those of `GemmaBackbone.quantize`."""
+        with quantization.quantizing(self.backbone, mode, config):
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """As of `GemmaBackbone`."""
+        return quantization.structure_of(self.backbone, mode)
 
     # === Presets ===
 

@@ -2,6 +2,7 @@ import keras
 
 from keras_gemma import kernels
 from keras_gemma.models.attention import GemmaAttention
+from keras_gemma.models.einsum_dense import EinsumDense
 from keras_gemma.models.rms_normalization import RMSNormalization
 
 
@@ -76,7 +77,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         return RMSNormalization(self.layer_norm_epsilon, dtype=self.dtype_policy, name=name)
 
     def _dense(self, equation, units, name):
-        return keras.layers.EinsumDense(equation, output_shape=(None, units), dtype=self.dtype_policy, name=name)
+        return EinsumDense(equation, output_shape=(None, units), dtype=self.dtype_policy, name=name)
 
     def build(self, input_shape, *args, **kwargs):
         self.pre_attention_norm.build(input_shape)

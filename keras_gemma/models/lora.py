@@ -90,6 +90,29 @@ def merge(backbone):
     disable(backbone)
 
 
+def load(backbone, adapters):
+    """Gives a backbone the `checkpoints.lora_files.Adapters` of a file.
+
+    Raises:
+        ValueError: for a backbone with adapters of another rank or of other layers; nothing is changed then.
+    """
+    layers, present = adaptable_layers(backbone), adapted_layers(backbone)
+    names = sorted({layers[path].name for path in adapters.factors})
+    if not present:
+        refuse_adapters(backbone, adapters.rank, names)
+        enable(backbone, adapters.rank, names)
+    elif set(present) != set(adapters.factors) or {layer.lora_rank for layer in present.values()} != {adapters.rank}:
+        raise ValueError(
+            f"The file has adapters of rank {adapters.rank} for {', '.join(names)}. Received: a backbone with such of "
+            f"rank {next(iter(present.values())).lora_rank} for {', '.join(sorted({x.name for x in present.values()}))}"
+            ". `disable_lora()` takes those away, `merge_lora()` adds them to the weights."
+        )
+    for path, pair in adapters.factors.items():
+        layers[path].lora_alpha = adapters.alpha
+        for variable, array in zip(factors_of(layers[path]).values(), pair):
+            variable.assign(array)
+
+
 def factors_of(layer):
     """Names and variables of both factors of a layer with adapters."""
     kept = "embeddings" if hasattr(layer, "lora_embeddings_a") else "kernel"

@@ -8,6 +8,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma.data import record_formats
 from keras_gemma.generation.buckets import bucket
+from keras_gemma.models import quantization
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import without_absent
@@ -324,6 +325,17 @@ class GemmaRewardModel(keras_hub.models.Task):
             super().make_predict_function(force)
             if keras.backend.backend() == "jax":
                 self.predict_function = distribution.with_whole_outputs(self.predict_function)
+
+    # === Quantisation ===
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantises the weights in place. Arguments and errors are those of `GemmaBackbone.quantize`."""
+        with quantization.quantizing(self.backbone, mode, config):
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """As of `GemmaBackbone`."""
+        return quantization.structure_of(self.backbone, mode)
 
     # === Presets ===
 

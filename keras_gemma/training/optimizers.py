@@ -211,18 +211,47 @@ def _exclude(optimizer, variables):
     optimizer.exclude_from_weight_decay(var_list=spared)
 
 
+# What Keras' optimizers do to bfloat16 weights, where 1 - beta_2 is 0: they correct their bias in the weights' dtype.
+BFLOAT16_BETA_2 = 1 - 2**-9
+NOT_MOVED_WITH_BETA_2 = (keras.optimizers.Adam, keras.optimizers.Lamb)
+NAN_WITH_BETA_2 = (keras.optimizers.Nadam, keras.optimizers.ScheduleFreeAdamW)
+
+
 def warn_of_weights_that_cannot_move(model):
-    """Warns of an Adam that leaves a compiled model's weights as they are, in the name of who called `fit`."""
-    # Keras' Adam corrects its bias in the dtype of the weights, and in bfloat16 1 - 0.999 is 0: no step at all.
-    optimizer = model.optimizer
-    if not isinstance(optimizer, keras.optimizers.Adam) or optimizer.beta_2 <= 1 - 2**-9:
+    """Warns of an optimizer that leaves a compiled model's weights as they are, in the name of who called `fit`.
+
+    Raises:
+        ValueError: for one that makes NaN of them.
+    """
+    if not any(variable.dtype == "bfloat16" for variable in model.trainable_variables):
         return
-    if any(variable.dtype == "bfloat16" for variable in model.trainable_variables):
-        warnings.warn(
-            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} does not change bfloat16 weights. Train under "
-            "the dtype policy 'mixed_bfloat16', whose weights are float32.",
-            stacklevel=3,
-        )
+    for optimizer in _optimizers_in(model.optimizer):
+        name = type(optimizer).__name__
+        remedy = "Train under the dtype policy 'mixed_bfloat16', whose weights are float32."
+        if isinstance(optimizer, NAN_WITH_BETA_2) and optimizer.beta_2 > BFLOAT16_BETA_2:
+            raise ValueError(f"{name} with beta_2={optimizer.beta_2} makes NaN of bfloat16 weights. {remedy}")
+        if unmoved := _unmoved_in_bfloat16(optimizer):
+            warnings.warn(f"{name}{unmoved}. {remedy}", stacklevel=3)
+
+
+def _unmoved_in_bfloat16(optimizer):
+    """What an optimizer does not move, as the rest of a sentence, or `None`."""
+    if isinstance(optimizer, NOT_MOVED_WITH_BETA_2) and optimizer.beta_2 > BFLOAT16_BETA_2:
+        return f" with beta_2={optimizer.beta_2} does not change bfloat16 weights"
+    if isinstance(optimizer, keras.optimizers.Muon) and optimizer.adam_beta_2 > BFLOAT16_BETA_2:
+        return f" with adam_beta_2={optimizer.adam_beta_2} does not change the bfloat16 weights that it leaves to Adam"
+    if isinstance(optimizer, keras.optimizers.Adadelta):
+        return " begins with steps so small that bfloat16 weights hardly change"
+    return None
+
+
+def _optimizers_in(optimizer):
+    """An optimizer, or those that it is made of."""
+    if inner := getattr(optimizer, "inner_optimizer", None):
+        return _optimizers_in(inner)
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return [one for each in optimizer._inner_optimizers for one in _optimizers_in(each)]
+    return [optimizer]
 
 
 def warn_of_accumulation_by_batches(optimizer):

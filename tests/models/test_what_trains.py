@@ -137,7 +137,7 @@ def test_next_scales_of_float8_are_no_gradients(make_model):
 def test_unknown_targets_freeze_nothing(make_model, names):
     backbone = make_model(with_preprocessor=False).backbone
     before = len(backbone.trainable_weights)
-    with pytest.raises(ValueError, match=r"'token_embedding', .*'query', .*Received"):
+    with pytest.raises(ValueError, match=r"'query'.*Received"):
         backbone.enable_lora(2, target_layer_names=names)
     assert len(backbone.trainable_weights) == before
 
