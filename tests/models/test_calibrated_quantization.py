@@ -30,7 +30,8 @@ def test_calibrated_models_are_saved_loaded_and_continued(make_model, tmp_path, 
     before = logits(model)
     model.quantize(mode, config=config(cls, model))
     after = logits(model)
-    assert 0 < np.sqrt(np.mean((after - before) ** 2)) < 0.3 * np.std(before)
+    # Kernels of 8 rows: a model in which four bits are few.
+    assert 0 < np.sqrt(np.mean((after - before) ** 2)) < 0.6 * np.std(before)
     model.save_to_preset(tmp_path / "preset")
     restored = GemmaCausalLM.from_preset(tmp_path / "preset", sequence_length=12)
     np.testing.assert_allclose(logits(restored), after, atol=1e-5)
