@@ -31,6 +31,8 @@ def test_the_tour_in_python(tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "Total params" in done.stdout
+    assert "Colour of grass? Green." in done.stdout.splitlines()
+    assert "Colour of snow? White." in done.stdout.splitlines(), "the saved model has learned it, too"
     assert "<start_of_turn>user" in done.stdout
 
 

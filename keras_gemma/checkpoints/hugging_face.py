@@ -87,6 +87,10 @@ class HuggingFacePreset:
         """`None`: the format has no settings of a task."""
         return None
 
+    def sampler_config(self, cls):
+        """`None`, as in transformers where nobody asks for sampling: the likeliest token."""
+        return None
+
     def preprocessor_config(self, cls, config_file):
         """Settings of a preprocessor, or `None`: the format has no others than whether texts open with `<bos>`."""
         opens = tokenizer_folder.opens_with_bos(self._tokenizer_files)

@@ -22,6 +22,7 @@ from keras_gemma.checkpoints.locating import read_json
 from keras_gemma.checkpoints.locating import required_file
 from keras_gemma.checkpoints.locating import shards_of
 from keras_gemma.checkpoints.saving import BESIDE_TOKENIZER
+from keras_gemma.checkpoints.saving import SAMPLER_OF_TASK
 from keras_gemma.checkpoints.saving import write_settings
 from keras_gemma.checkpoints.tensor_files import h5_tensors
 from keras_gemma.checkpoints.tensor_files import tensors_of_files
@@ -94,6 +95,12 @@ class KerasPreset:
                     f"Received: `{name}` = {said[name]} and {self.config['config'][name]}"
                 )
         return config
+
+    def sampler_config(self, cls):
+        """The sampler that a task of this class was saved with, serialised, or `None`."""
+        path = optional_file(self.location, hub.TASK_CONFIG_FILE)
+        content = read_json(path) if path else None
+        return content.get(SAMPLER_OF_TASK) if content and is_of_class(content, cls) else None
 
     def preprocessor_config(self, cls, config_file):
         """What the preprocessor's file says of a preprocessor of this class, or `None`."""

@@ -3,6 +3,8 @@
 import base64
 import contextlib
 
+import keras_hub
+
 from keras_gemma.checkpoints import keras_hub_private as hub
 from keras_gemma.checkpoints.filling import resolve_policies
 from keras_gemma.checkpoints.filling import without_values
@@ -118,6 +120,7 @@ def load_task(cls, preset, load_weights=True, **kwargs):
         task = cls(**{**config, **kwargs})
     if load_weights:
         source.fill_task(task, task_config)
+    _restore_sampler(task, source)
     return task
 
 
@@ -235,3 +238,14 @@ def _task_preprocessor(cls, preset, source, saved, sequence_length):
             f"The preprocessor of `{preset}` cannot be loaded. {error} "
             f"For a `{cls.__name__}` without text, from token ids to logits, pass `preprocessor=None`."
         ) from error
+
+
+def _restore_sampler(task, source):
+    config = source.sampler_config(type(task))
+    # A task that was not compiled has none.
+    if config is None or getattr(task, "sampler", None) is None:
+        return
+    try:
+        task.sampler = keras_hub.samplers.deserialize(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"`task.json` of `{source.location}` holds a damaged sampler: {error}") from error

@@ -24,6 +24,8 @@ STAGING_PREFIX = ".saving-"
 LOCK_FILE = ".saving.lock"
 FORMER_CONFIG = "former_config.json"
 CONFIG_OF_THIS_PROCESS = ("build_config", "compile_config")
+# In `task.json` beside what keras-hub reads there.
+SAMPLER_OF_TASK = "sampler"
 # How a backbone is trained and not what it is; keras-hub's does not know them.
 CONFIG_OF_TRAINING = ("recompute", "scan_layers")
 # What a preprocessor makes of texts, which keras-hub's does not ask.
@@ -120,7 +122,7 @@ def write_settings(task, folder):
         task: a `GemmaCausalLM`, or another task on a `GemmaBackbone`. Its variables need no values.
         folder: path of an existing folder.
     """
-    _write_json(_serialized(task), folder, hub.TASK_CONFIG_FILE)
+    _write_json({**_serialized(task), **_sampler_of(task)}, folder, hub.TASK_CONFIG_FILE)
     _write_backbone_settings(task.backbone, folder)
     if task.preprocessor is not None:
         _write_preprocessor(task.preprocessor, folder)
@@ -210,6 +212,15 @@ def _for_keras_hub(config):
         # keras-hub's tokenizer takes no arguments for them.
         config.update({key: value for key in BESIDE_TOKENIZER if (value := config["config"].pop(key, None))})
     return config
+
+
+def _sampler_of(task):
+    """What the model was compiled to choose tokens with, where keras-hub has it and would not take it by itself."""
+    sampler = getattr(task, "sampler", None)
+    of_keras_hub = type(sampler).__module__.startswith("keras_hub.")
+    if not of_keras_hub or isinstance(sampler, keras_hub.samplers.GreedySampler):
+        return {}
+    return {SAMPLER_OF_TASK: keras_hub.samplers.serialize(sampler)}
 
 
 def _metadata(backbone):

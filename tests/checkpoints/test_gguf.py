@@ -188,7 +188,9 @@ def test_as_llama_cpp_computes(written, sizes, vocabulary):
     (answer,) = ask("/completion", wanted)["completion_probabilities"]
     received = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
     assert len(received) == sizes.vocabulary_size
-    np.testing.assert_allclose([received[index] for index in range(len(expected))], expected, atol=1e-3)
+    # llama.cpp keeps keys and values in float16, and its sums are of the kind that the processor is quickest at.
+    scale = np.abs(last).max()
+    np.testing.assert_allclose([received[index] for index in range(len(expected))], expected, atol=2 * FLOAT16 * scale)
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     for text in TEXTS:
         tokens = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]

@@ -1,5 +1,6 @@
 """Saving replaces a preset as a whole, or leaves a folder that does not load."""
 
+import json
 import os
 import shutil
 
@@ -121,3 +122,18 @@ def test_piece_by_piece(make_model, tmp_path):
     assert GemmaCausalLM.from_preset(tmp_path).preprocessor.sequence_length == 11
     model.preprocessor.tokenizer.save_to_preset(tmp_path)
     assert _files(tmp_path) == WHOLE
+
+
+def test_a_preset_keeps_the_sampler_that_its_model_was_compiled_with(make_model, tmp_path):
+    model = make_model(0.5)
+    for sampler in (keras_hub.samplers.TopPSampler(p=0.8, temperature=0.7), keras_hub.samplers.GreedySampler()):
+        model.compile(sampler=sampler)
+        model.save_to_preset(tmp_path)
+        loaded = GemmaCausalLM.from_preset(tmp_path)
+        assert loaded.sampler.get_config() == sampler.get_config()
+        assert type(loaded.sampler) is type(sampler)
+        keras_hub.models.GemmaCausalLM.from_preset(str(tmp_path))
+    task = json.loads((tmp_path / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps({**task, "sampler": {"class_name": "TopKSampler", "config": 3}}))
+    with pytest.raises(ValueError, match=r"task\.json. of .* damaged sampler"):
+        GemmaCausalLM.from_preset(tmp_path)

@@ -15,7 +15,10 @@ import pytest
 from keras import ops
 
 from keras_gemma.kernels import attention
+from tests.numerics.precision import rounding
 
+# Of the largest number.
+ROUNDING = rounding(1, units=128)
 ROOT = Path(__file__).parents[2]
 BACKEND = keras.backend.backend()
 on_jax_only = pytest.mark.skipif(BACKEND != "jax", reason="a path of JAX")
@@ -71,13 +74,13 @@ def _differentiate(function, inputs, upstream):
     return value, *tape.gradient(value, inputs, upstream)
 
 
-def assert_close(received, expected, tolerance=5e-6):
+def assert_close(received, expected, tolerance=ROUNDING):
     """The tolerance is a share of the largest number."""
     for name, x, y in zip(("attended", "query", "key", "value"), received, expected):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=name)
 
 
-def assert_as_plain(attend, arrays, segment_ids, dtype="float32", tolerance=5e-6):
+def assert_as_plain(attend, arrays, segment_ids, dtype="float32", tolerance=ROUNDING):
     expected = results(attention.plain_attention, arrays, segment_ids, dtype)
     assert min(np.abs(x).max() for x in expected) > 0.1
     assert_close(results(attend, arrays, segment_ids, dtype), expected, tolerance)

@@ -8,6 +8,16 @@ import numpy as np
 FLOAT32_EPSILON = np.finfo("float32").eps
 
 
+def rounding(scale, units=64):
+    """How far two float32 programs may be apart that sum up the same some hundred products, each in its own order.
+
+    Args:
+        scale: array or float; its largest absolute value is that of the results.
+        units: int, of float32's epsilon.
+    """
+    return units * FLOAT32_EPSILON * np.abs(scale).max()
+
+
 def assert_as_exact(received, peer, exact, name=""):
     """That `received` is no further from a float64 computation than twice the peer's error, at worst and on average.
 
