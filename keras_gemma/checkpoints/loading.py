@@ -246,6 +246,9 @@ def _restore_sampler(task, source):
     if config is None or getattr(task, "sampler", None) is None:
         return
     try:
-        task.sampler = keras_hub.samplers.deserialize(config)
+        sampler = keras_hub.samplers.deserialize(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"`task.json` of `{source.location}` holds a damaged sampler: {error}") from error
+    if not isinstance(sampler, keras_hub.samplers.Sampler):
+        raise ValueError(f"`task.json` of `{source.location}` holds a damaged sampler: {config!r}")
+    task.sampler = sampler
