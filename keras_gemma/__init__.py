@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from keras_gemma.models import GemmaCausalLM
     from keras_gemma.models import GemmaCausalLMPreprocessor
     from keras_gemma.models import GemmaRewardModel
+    from keras_gemma.models import GemmaTextClassifier
+    from keras_gemma.models import GemmaTextClassifierPreprocessor
     from keras_gemma.models import GemmaTokenizer
 
 __version__ = "0.1.0"
@@ -18,6 +20,8 @@ __all__ = [
     "GemmaCausalLM",
     "GemmaCausalLMPreprocessor",
     "GemmaRewardModel",
+    "GemmaTextClassifier",
+    "GemmaTextClassifierPreprocessor",
     "GemmaTokenizer",
     "__version__",
 ]

@@ -206,9 +206,17 @@ class KerasPreset:
         """Loads what the task has besides its backbone, a head that is small; where `settings` is of such a task."""
         if settings is None or not task.has_task_weights():
             return
+        # A subclass with layers of its own begins with a preset of its base, which has nothing for them.
+        if self._is_task_of_base(type(task)) and optional_file(self.location, hub.TASK_WEIGHTS_FILE) is None:
+            return
         path = self.task_weights_file()
         with reading(path, "file of this model's weights"):
             task.load_task_weights(path)
+
+    def _is_task_of_base(self, cls):
+        """Whether the task was saved by a class that `cls` derives from, and not by `cls` itself."""
+        content = read_json(required_file(self.location, hub.TASK_CONFIG_FILE))
+        return is_of_class(content, cls) and content["registered_name"].rpartition(">")[2] != cls.__name__
 
     def task_weights_file(self):
         """Local path of the weights that a task has besides its backbone's."""
@@ -385,9 +393,10 @@ def settings_in(path):
 
 def is_of_class(content, cls):
     """Whether a serialised object is one that `cls`, under any package's name, was made to load."""
-    package, _, name = str(content.get("registered_name") or "").rpartition(">")
-    if keras.saving.get_registered_name(cls) == f"{package}>{name}":
+    registered_name = str(content.get("registered_name") or "")
+    if keras.saving.get_registered_name(cls) == registered_name:
         return True
+    package, _, name = registered_name.rpartition(">")
     return package in PACKAGES and name in {base.__name__ for base in cls.__mro__}
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import inspect
 
 import keras_hub
 
@@ -107,6 +108,7 @@ def load_task(cls, preset, load_weights=True, **kwargs):
     config = dict(task_config or {})
     saved_preprocessor = config.pop("preprocessor", False)
     config.pop("backbone", None)
+    _refuse_missing_arguments(cls, {**config, **kwargs}, preset)
     # The small files first: a preset that lacks one fails before gigabytes are read.
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _task_preprocessor(cls, preset, source, saved_preprocessor, sequence_length)
@@ -118,10 +120,21 @@ def load_task(cls, preset, load_weights=True, **kwargs):
         kwargs["backbone"] = _backbone(cls.backbone_cls, source, load_weights, {"dtype": dtype})
     with _settings_of(source, hub.TASK_CONFIG_FILE, {} if config else {"nothing": "of it"}):
         task = cls(**{**config, **kwargs})
-    if load_weights:
+    # As in keras-hub: who says how many classes there are wants a new head.
+    if load_weights and "num_classes" not in kwargs:
         source.fill_task(task, task_config)
     _restore_sampler(task, source)
     return task
+
+
+def _refuse_missing_arguments(cls, given, preset):
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    if missing := [p.name for p in named if p.name not in {*given, "self", "backbone", "preprocessor"}]:
+        raise ValueError(
+            f"`{cls.__name__}` needs {' and '.join(map(repr, missing))}, and the preset `{preset}` of another task "
+            "does not say what: pass it to `from_preset`."
+        )
 
 
 def open_preset(cls, preset, config_only=False):

@@ -24,6 +24,7 @@ from keras_gemma.generation.engine import batch_bucket
 from keras_gemma.generation.engine import capacity_bucket
 from keras_gemma.generation.engine import prompt_bucket
 from keras_gemma.generation.network import LayerNetwork
+from keras_gemma.generation.overridden import OverriddenEngine
 from keras_gemma.generation.prefill import make_block
 from keras_gemma.generation.prefill import make_embed
 from keras_gemma.generation.prefill import make_last_block
@@ -37,6 +38,7 @@ __all__ = [
     "CombinedSampler",
     "Engine",
     "LayerNetwork",
+    "OverriddenEngine",
     "Request",
     "Sampling",
     "batch_bucket",

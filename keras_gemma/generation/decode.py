@@ -1,5 +1,7 @@
 """The loop that appends token after token, inside one compiled program."""
 
+import functools
+
 from keras import ops
 
 from keras_gemma.generation import logits_processors
@@ -86,7 +88,7 @@ def _of_sampler(settings):
     return {name: value for name, value in settings.items() if name != PENALTY}
 
 
-def make_search(network, sampler, stop_token_ids, vocabulary_size=None):
+def make_search(network, sampler, stop_token_ids, vocabulary_size=None, next_logits=None):
     """Program that hands the loop over to a sampler with a loop of its own, such as beam search.
 
     Its arguments (B batch, T length of prompt and new tokens together, S ≥ T):
@@ -98,12 +100,15 @@ def make_search(network, sampler, stop_token_ids, vocabulary_size=None):
         column            int32 scalar, the next column
         sampler_values    the values of the sampler's variables
 
-    It returns tokens and sampler_values. `vocabulary_size` is as of `make_decode`.
+    It returns tokens and sampler_values. `vocabulary_size` is as of `make_decode`; `next_logits` computes what follows
+    in place of the network.
     """
+
+    next_logits = next_logits or functools.partial(_next, network)
 
     def search(weights, cache, tokens, hidden_states, column, sampler_values):
         def next(prompt, cache, index):
-            return _next(network, weights, prompt, cache, index, vocabulary_size)
+            return next_logits(weights, prompt, cache, index, vocabulary_size)
 
         prompt_mask = ops.broadcast_to(ops.arange(ops.shape(tokens)[1])[None, :] < column, ops.shape(tokens))
         arguments = {

@@ -288,6 +288,9 @@ class Engine:
         if column == decoding.capacity:
             self._grow(decoding)
         until = decoding.capacity if new_tokens is None else min(column + new_tokens, decoding.capacity)
+        self._decode(decoding, until)
+
+    def _decode(self, decoding, until):
         program = self._program(
             ("decode", decoding.network.key, decoding.sampler_key, self.vocabulary_size),
             lambda: decode.make_decode(decoding.network, decoding.sampler, self.vocabulary_size),
@@ -425,10 +428,7 @@ class Engine:
         )
         stop_token_ids = tuple(request.stop_token_ids) or None
         sampler_key, sampler = sampling.key_and_twin(request.sampler)
-        program = self._program(
-            ("search", network.key, sampler_key, stop_token_ids, self.vocabulary_size),
-            lambda: decode.make_search(network, sampler, stop_token_ids, self.vocabulary_size),
-        )
+        program = self._search_program(network, sampler_key, sampler, stop_token_ids)
         tokens, sampler_values = program(
             weights,
             cache,
@@ -439,6 +439,12 @@ class Engine:
         )
         rows = whole(tokens)[: len(prompts), length:]
         return [_cut(row, n, request.stop_token_ids) for row, n in zip(rows, new_tokens)], sampler_values
+
+    def _search_program(self, network, sampler_key, sampler, stop_token_ids):
+        return self._program(
+            ("search", network.key, sampler_key, stop_token_ids, self.vocabulary_size),
+            lambda: decode.make_search(network, sampler, stop_token_ids, self.vocabulary_size),
+        )
 
     def _program(self, key, make, donated=()):
         # Of threads that need the same program, one makes it.

@@ -12,6 +12,7 @@ from keras_gemma.kernels.attention import prompt_attention
 from keras_gemma.kernels.cache import write_columns
 from keras_gemma.kernels.continuations import continued_prompts
 from keras_gemma.kernels.continuations import takes_continuations
+from keras_gemma.kernels.exporting import export_arguments
 from keras_gemma.kernels.feed_forward import geglu
 from keras_gemma.kernels.feed_forward import prefers_own_geglu
 from keras_gemma.kernels.layer_stack import RECOMPUTE_POLICIES
@@ -41,6 +42,7 @@ from keras_gemma.kernels.sharding import rows_apart
 from keras_gemma.kernels.sharding import sharding_of_cache
 from keras_gemma.kernels.sharding import stream_apart
 from keras_gemma.kernels.sharding import tokens_apart
+from keras_gemma.kernels.torch_parameters import with_torch_parameters
 from keras_gemma.kernels.vocabulary import TokenSums
 from keras_gemma.kernels.vocabulary import logits_loss
 from keras_gemma.kernels.vocabulary import vocabulary_loss
@@ -55,6 +57,7 @@ __all__ = [
     "continued_prompts",
     "draw",
     "einsum_float32",
+    "export_arguments",
     "first_argmax",
     "for_any_batch",
     "geglu",
@@ -83,5 +86,6 @@ __all__ = [
     "tokens_apart",
     "vocabulary_loss",
     "with_flags_bound",
+    "with_torch_parameters",
     "write_columns",
 ]

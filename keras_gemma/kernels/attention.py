@@ -65,7 +65,8 @@ def causal_attention(query, key, value, segment_ids, dropout=None):
 
 def _causal_attention(query, key, value, segment_ids, dropout):
     length = query.shape[1]
-    if dropout is not None or length is None:
+    # Neither a graph of Keras nor an exported program knows a length.
+    if dropout is not None or not isinstance(length, int):
         return plain_attention(query, key, value, segment_ids, dropout)
     if not on_jax():
         return recomputed_attention(query, key, value, segment_ids)

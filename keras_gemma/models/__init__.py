@@ -7,6 +7,8 @@ from keras_gemma.models.generating import GeneratedText
 from keras_gemma.models.reward_model import GemmaRewardModel
 from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
 from keras_gemma.models.scoring import TextScore
+from keras_gemma.models.text_classifier import GemmaTextClassifier
+from keras_gemma.models.text_classifier_preprocessor import GemmaTextClassifierPreprocessor
 from keras_gemma.models.tokenizer import GemmaTokenizer
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "GemmaCausalLMPreprocessor",
     "GemmaRewardModel",
     "GemmaRewardModelPreprocessor",
+    "GemmaTextClassifier",
+    "GemmaTextClassifierPreprocessor",
     "GemmaTokenizer",
     "GeneratedText",
     "TextScore",

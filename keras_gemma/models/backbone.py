@@ -66,6 +66,7 @@ class EmbeddingScale(keras.layers.Layer):
         return input_shape
 
 
+@kernels.with_torch_parameters
 @keras.saving.register_keras_serializable(package="keras_gemma")
 class GemmaBackbone(keras_hub.models.Backbone):
     """The Gemma 1 network from token ids to final hidden states (arXiv 2403.08295).
@@ -243,6 +244,11 @@ class GemmaBackbone(keras_hub.models.Backbone):
         if is_packed(inputs):
             return keras.KerasTensor((*inputs["token_ids"].shape, self.hidden_dim), self.compute_dtype)
         return super().compute_output_spec(without_absent(inputs), training=training, mask=mask)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """As `keras.Model.export`. On JAX and TensorFlow a SavedModel takes any batch size and length by default."""
+        kwargs = kernels.export_arguments(self.input, format, input_signature, kwargs)
+        super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return kernels.with_flags_bound(super().rematerialized_call)(layer_call, *args, **kwargs)

@@ -8,6 +8,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma import generation
 from keras_gemma import kernels
+from keras_gemma.models import cloning
 from keras_gemma.models import generating
 from keras_gemma.models import quantization
 from keras_gemma.models import scoring
@@ -17,6 +18,7 @@ from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
+from keras_gemma.models.preprocessor_outputs import numpy_outputs
 from keras_gemma.models.presets import Presets
 from keras_gemma.training import NextTokenLoss
 from keras_gemma.training import Perplexity
@@ -24,6 +26,7 @@ from keras_gemma.training import TokenAccuracy
 from keras_gemma.training import TokenCount
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
+from keras_gemma.training import refuse_uncompiled
 from keras_gemma.training import step
 from keras_gemma.training import with_progress_bar
 from keras_gemma.training.objective import is_of_token_sums
@@ -34,6 +37,7 @@ from keras_gemma.training.trained_weights import refuse_other_weights_than_compi
 from keras_gemma.training.trained_weights import refuse_what_does_not_train
 
 
+@kernels.with_torch_parameters
 @keras.saving.register_keras_serializable(package="keras_gemma")
 class GemmaCausalLM(keras_hub.models.CausalLM):
     """Gemma as a language model: trains with `fit`, writes with `generate`.
@@ -150,11 +154,12 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             return config
         if self._token_metrics is not None:
             config["weighted_metrics"] = keras.saving.serialize_keras_object(self._token_metrics)
-        return {
-            **config,
-            "sampler": keras_hub.samplers.serialize(self.sampler),
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-        }
+        return cloning.with_own_arguments(
+            self,
+            config,
+            sampler=keras_hub.samplers.serialize(self.sampler),
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
 
     def compile_from_config(self, config):
         # Keras skips this for a class with its own `compile`; ours takes what `get_compile_config` gives.
@@ -273,6 +278,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             ValueError: where processes hand over different batches that should be the same, or shares that do not
                 fit together.
         """
+        refuse_uncompiled(self, "fit")
         refuse_what_does_not_train(self)
         warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
@@ -300,6 +306,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
+        refuse_uncompiled(self, "evaluate")
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
             x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
@@ -325,7 +332,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """As in keras-hub, and refuses what is no token of the model."""
-        samples = super().preprocess_samples(x, y, sample_weight)
+        with numpy_outputs():
+            samples = super().preprocess_samples(x, y, sample_weight)
         self.token_rules.refuse(*keras.utils.unpack_x_y_sample_weight(samples))
         return samples
 
@@ -535,16 +543,24 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         )
         return generating.generate(self, inputs, options)
 
+    def overrides(self, *names):
+        """Whether a subclass has a method of its own in place of one of these of `GemmaCausalLM`."""
+        return any(getattr(getattr(self, n), "__func__", None) is not getattr(GemmaCausalLM, n) for n in names)
+
     @property
     def engine(self):
         """The `keras_gemma.generation.Engine` of this model's backbone, which continues prompts of token ids."""
         # Compiled programs are no state of the model: they are neither saved nor copied with it.
         if "_generation_engine" not in self.__dict__:
-            self.__dict__["_generation_engine"] = generation.Engine(self.backbone)
+            self.__dict__["_generation_engine"] = self._make_engine()
         engine = self.__dict__["_generation_engine"]
         # At each use: another preprocessor may have taken the place of the first.
         engine.vocabulary_size = text_generation.vocabulary_size_of(self.preprocessor)
         return engine
+
+    def _make_engine(self):
+        own = self.overrides("call_with_cache")
+        return generation.OverriddenEngine(self) if own else generation.Engine(self.backbone)
 
     def stream(
         self,
@@ -637,7 +653,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         Returns:
             A dict as `inputs`, filled up to `T` or the first stop token.
         """
-        return self.generate(inputs, stop_token_ids=stop_token_ids)
+        return generating.generate_step(self, inputs, stop_token_ids)
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
         """Runs new tokens over the keys and values of earlier ones.
@@ -662,6 +678,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     def build_cache(self, batch_size, max_length):
         """An empty cache with room for `max_length` tokens a row, for `call_with_cache`."""
         return generation.empty_cache(self.backbone, batch_size, max_length)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """As `keras.Model.export`. On JAX and TensorFlow a SavedModel takes any batch size and length by default."""
+        kwargs = kernels.export_arguments(self.input, format, input_signature, kwargs)
+        super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
+
+    def _run_through_graph(self, inputs, operation_fn=lambda layer: layer, call_fn=None):
+        return super()._run_through_graph(inputs, cloning.tied(self, operation_fn), call_fn)
 
     # === Quantisation ===
 

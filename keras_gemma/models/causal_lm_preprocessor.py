@@ -1,4 +1,3 @@
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
 from keras_gemma.models.chat_format import merge_system_message
 from keras_gemma.models.chat_format import without_turn_markers
+from keras_gemma.models.preprocessor_outputs import as_outputs
+from keras_gemma.models.preprocessor_outputs import in_tf_graph
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.tokenizer import GemmaTokenizer
 from keras_gemma.settings import check_preprocessor
@@ -59,9 +60,10 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sequence_length: optional int in place of the layer's own.
 
     Returns:
-        `(x, y, sample_weight)` of NumPy arrays: `x` with `token_ids` and `padding_mask`, each `[B, T]`, `y`
-        the next token ids `[B, T]`, and float32 weights `[B, T]`: 1 where a real token is predicted, and with
-        prompts and dialogues only where it is the response's, its end token included.
+        `(x, y, sample_weight)` of tensors, in Grain pipelines of NumPy arrays: `x` with `token_ids` and
+            `padding_mask`, each `[B, T]`, `y` the next token ids `[B, T]`, and float32 weights `[B, T]`: 1 where a
+            real token is predicted, and with prompts and dialogues only where it is the response's, its end token
+            included.
 
     Raises:
         ValueError: for labels, unknown fields, fields of different lengths, and dialogues that Gemma's format
@@ -119,9 +121,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if y is not None:
             raise ValueError("Labels are the next tokens of `x`, so `y` must be None. Received labels.")
         length = sequence_length or self.sequence_length
-        if _in_tf_graph():
+        if in_tf_graph():
             return self._call_in_tf_graph(x, sample_weight, length)
-        return self._training_batch(x, sample_weight, length)
+        return as_outputs(self._training_batch(x, sample_weight, length))
 
     def _training_batch(self, x, sample_weight, length):
         examples, batched = examples_of(x)
@@ -180,7 +182,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             features, y, weights = self._training_batch(x_arrays, weight_array, length)
             return features["token_ids"], features["padding_mask"], y, weights
 
-        token_ids, padding_mask, y, weights = _call_python_from_tf_graph(
+        token_ids, padding_mask, y, weights = call_python_from_tf_graph(
             training_batch,
             leaves + example_weights,
             dtypes=["int32", "bool", "int32", "float32"],
@@ -289,16 +291,16 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ValueError: for a prompt that leaves no room.
         """
         length = sequence_length or self.sequence_length
-        if _in_tf_graph():
+        if in_tf_graph():
             leaves = keras.tree.flatten(x)
-            token_ids, padding_mask = _call_python_from_tf_graph(
+            token_ids, padding_mask = call_python_from_tf_graph(
                 lambda *arrays: tuple(self._prompts(keras.tree.pack_sequence_as(x, arrays), length).values()),
                 leaves,
                 dtypes=["int32", "bool"],
                 shape=[*leaves[0].shape[:1], length],
             )
             return {"token_ids": token_ids, "padding_mask": padding_mask}
-        return self._prompts(x, length)
+        return as_outputs(self._prompts(x, length))
 
     def _prompts(self, x, length):
         examples, batched = examples_of(x)
@@ -311,8 +313,8 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def generate_postprocess(self, x):
         """Text of generated `token_ids` where `padding_mask` is set, without `<bos>`, `<eos>` and padding."""
-        if _in_tf_graph():
-            (text,) = _call_python_from_tf_graph(
+        if in_tf_graph():
+            (text,) = call_python_from_tf_graph(
                 lambda token_ids, mask: (np.array(self._texts(token_ids, mask), dtype=object),),
                 [x["token_ids"], x["padding_mask"]],
                 dtypes=["string"],
@@ -437,7 +439,7 @@ def _as_numpy(x):
     return np.asarray(x.numpy() if hasattr(x, "numpy") else x)
 
 
-def _call_python_from_tf_graph(function, arguments, dtypes, shape):
+def call_python_from_tf_graph(function, arguments, dtypes, shape):
     # The graph calls back into Python: one implementation, and no TensorFlow Text needed.
     import tensorflow as tf
 
@@ -445,8 +447,3 @@ def _call_python_from_tf_graph(function, arguments, dtypes, shape):
     for output in outputs:
         output.set_shape(shape)
     return outputs
-
-
-def _in_tf_graph():
-    tf = sys.modules.get("tensorflow")
-    return tf is not None and hasattr(tf, "executing_eagerly") and not tf.executing_eagerly()

@@ -5,6 +5,8 @@ inputs ─→ prompts ─→ `generation.Request` ─→ rows of new ids ─→ 
 
 import asyncio
 import concurrent.futures
+import contextlib
+import contextvars
 import numbers
 from dataclasses import dataclass
 from dataclasses import field
@@ -198,6 +200,8 @@ def _texts_of(preprocessor, prompts, rows, options):
 
 def _new_rows(model, prompts, options, default_length):
     """A `NewRow` for every prompt, those that continue one prompt beside each other."""
+    if model.overrides("generate_step", "make_generate_function"):
+        return _rows_of_own_step(model, prompts, options, default_length)
     request = _request(prompts, options, default_length)
     watch = StopWatch(
         options.stop, model.preprocessor and model.preprocessor.decode_rows, len(prompts) * options.continuations
@@ -214,6 +218,54 @@ def _new_rows(model, prompts, options, default_length):
     if not options.return_log_probs:
         return [NewRow(ids) for ids in decoding.new_ids()]
     return [NewRow(*row) for row in zip(decoding.new_ids(), decoding.new_log_probs())]
+
+
+# === A `generate_step` of a subclass ===
+
+# Model and options of the call in progress, which the base's `generate_step` goes on with.
+_IN_PROGRESS = contextvars.ContextVar("call_in_progress", default=(None, None))
+
+
+def _rows_of_own_step(model, prompts, options, default_length):
+    """As `_new_rows`, through the model's own `generate_step`, as keras-hub generates."""
+    if options.return_log_probs:
+        raise ValueError(
+            "An overridden `generate_step` says nothing of log-probabilities. Received: return_log_probs=True"
+        )
+    limits = _request(prompts, options, default_length).new_tokens
+    prompts = _repeated(prompts, options)
+    limits = [limit for limit in limits for _ in range(options.continuations)]
+    width = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, text_generation.token_rows(prompts, width))
+    token = _IN_PROGRESS.set((model, options))
+    try:
+        outputs = model.make_generate_function()(inputs, stop_token_ids=tuple(options.stop_token_ids) or None)
+    finally:
+        _IN_PROGRESS.reset(token)
+    rows, _ = text_generation.prompts_of_tokens(
+        {name: outputs[name] for name in ("token_ids", "padding_mask")}, model.backbone.vocabulary_size
+    )
+    rows = [row[len(prompt) :][:limit] for row, prompt, limit in zip(rows, prompts, limits)]
+    watch = StopWatch(options.stop, model.preprocessor and model.preprocessor.decode_rows, len(rows))
+    ends = watch.ends(rows) if options.stop else {}
+    return [NewRow(ids[: ends.get(row)]) for row, ids in enumerate(rows)]
+
+
+def generate_step(model, inputs, stop_token_ids):
+    """What `GemmaCausalLM.generate_step` returns."""
+    of_model, options = _IN_PROGRESS.get()
+    if of_model is not model:
+        options = Options(generation.Sampling(_sampler_of(model, None)), [])
+    options = Options(
+        options.sampling,
+        text_generation.stop_token_list(model.preprocessor, stop_token_ids),
+        repetition_penalty=options.repetition_penalty,
+    )
+    prompts, width = text_generation.prompts_of_tokens(inputs, model.backbone.vocabulary_size)
+    request = _request(prompts, options, width)
+    with contextlib.nullcontext() if of_model is model else options.sampling:
+        rows, options.sampling.values = model.engine.generate(request)
+    return text_generation.token_rows([prompt + row for prompt, row in zip(prompts, rows)], width)
 
 
 def _request(prompts, options, default_length):
@@ -240,6 +292,10 @@ def stream(model, inputs, options):
     sampler = options.sampling.sampler
     if generation.has_own_loop(sampler):
         raise ValueError(f"Only samplers that choose token by token can stream. Received: {type(sampler).__name__}")
+    if model.overrides("generate_step", "make_generate_function"):
+        raise ValueError(
+            "`stream` writes token by token, which an overridden `generate_step` does not: call `generate`."
+        )
     prompts, batched = text_generation.prompts_of_text(model.preprocessor, inputs, options.allow_special_tokens)
     request = _request(prompts, options, model.preprocessor.sequence_length)
     pieces = _pieces(model, request, options)

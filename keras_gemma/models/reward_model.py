@@ -6,18 +6,22 @@ from keras import ops
 from keras_gemma import checkpoints
 from keras_gemma import data
 from keras_gemma import distribution
+from keras_gemma import kernels
 from keras_gemma.data import record_formats
 from keras_gemma.generation.buckets import bucket
+from keras_gemma.models import cloning
 from keras_gemma.models import quantization
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import without_absent
+from keras_gemma.models.preprocessor_outputs import numpy_outputs
 from keras_gemma.models.presets import Presets
 from keras_gemma.models.reward_model_preprocessor import GemmaRewardModelPreprocessor
 from keras_gemma.training import TokenCount
 from keras_gemma.training import bradley_terry_losses
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
+from keras_gemma.training import refuse_uncompiled
 from keras_gemma.training import step
 from keras_gemma.training import with_progress_bar
 from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
@@ -38,7 +42,12 @@ class AtLastToken(keras.layers.Layer):
         last = ops.maximum(length - 1, 0)[:, None, None]
         return ops.squeeze(ops.take_along_axis(hidden, last, axis=1), axis=1)
 
+    def get_config(self):
+        # Keras would not serialise a dtype policy by itself.
+        return super().get_config()
 
+
+@kernels.with_torch_parameters
 @keras.saving.register_keras_serializable(package="keras_gemma")
 class GemmaRewardModel(keras_hub.models.Task):
     """Gemma as a judge of answers: one number for each, learned from pairs of which one is better.
@@ -132,11 +141,12 @@ class GemmaRewardModel(keras_hub.models.Task):
         if not config:
             return config
         of_others = ("loss", "loss_weights", "metrics", "weighted_metrics")
-        return {
-            **{name: value for name, value in config.items() if name not in of_others},
-            "centring": self.centring,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-        }
+        return cloning.with_own_arguments(
+            self,
+            {name: value for name, value in config.items() if name not in of_others},
+            centring=self.centring,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -204,6 +214,7 @@ class GemmaRewardModel(keras_hub.models.Task):
         Raises:
             ValueError: for pairs that do not fit into a row, and as `GemmaCausalLM.fit`.
         """
+        refuse_uncompiled(self, "fit")
         refuse_what_does_not_train(self)
         warn_of_weights_that_cannot_move(self)
         x = _as_columns(x)
@@ -230,6 +241,7 @@ class GemmaRewardModel(keras_hub.models.Task):
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
+        refuse_uncompiled(self, "evaluate")
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(_as_columns(x), y, sample_weight, batch_size), None, None
             x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
@@ -303,7 +315,8 @@ class GemmaRewardModel(keras_hub.models.Task):
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """As in keras-hub, and refuses what is no token of the model."""
-        samples = super().preprocess_samples(x, y, sample_weight)
+        with numpy_outputs():
+            samples = super().preprocess_samples(x, y, sample_weight)
         self.token_rules.refuse(*keras.utils.unpack_x_y_sample_weight(samples))
         return samples
 
@@ -325,6 +338,14 @@ class GemmaRewardModel(keras_hub.models.Task):
             super().make_predict_function(force)
             if keras.backend.backend() == "jax":
                 self.predict_function = distribution.with_whole_outputs(self.predict_function)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """As `keras.Model.export`. On JAX and TensorFlow a SavedModel takes any batch size and length by default."""
+        kwargs = kernels.export_arguments(self.input, format, input_signature, kwargs)
+        super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
+
+    def _run_through_graph(self, inputs, operation_fn=lambda layer: layer, call_fn=None):
+        return super()._run_through_graph(inputs, cloning.tied(self, operation_fn), call_fn)
 
     # === Quantisation ===
 

@@ -6,6 +6,7 @@ from keras_gemma.data import text_checks
 from keras_gemma.data.tuning import PAIR_FIELDS
 from keras_gemma.models.causal_lm_preprocessor import GemmaCausalLMPreprocessor
 from keras_gemma.models.causal_lm_preprocessor import examples_of
+from keras_gemma.models.preprocessor_outputs import as_outputs
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma")
@@ -27,8 +28,9 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         sample_weight: optional float `[B]`.
 
     Returns:
-        `(x, y, sample_weight)` of NumPy arrays: `x` with `token_ids` and `padding_mask`, each `[B, 2, T]`, chosen
-        before rejected; `y` float32 `[B]`, the margins; float32 weights `[B]`.
+        `(x, y, sample_weight)` of tensors, in Grain pipelines of NumPy arrays: `x` with `token_ids` and
+            `padding_mask`, each `[B, 2, T]`, chosen before rejected; `y` float32 `[B]`, the margins; float32 weights
+            `[B]`.
 
     Raises:
         ValueError: for labels, missing or unknown fields, fields of different lengths, and rows longer than `T`.
@@ -54,7 +56,8 @@ class GemmaRewardModelPreprocessor(GemmaCausalLMPreprocessor):
         shape = len(prompts), 2, self.sequence_length
         token_ids, mask = (array.reshape(shape) for array in self._pad(both, self.sequence_length))
         weights = np.ones(len(prompts)) if sample_weight is None else np.asarray(sample_weight)
-        return {"token_ids": token_ids, "padding_mask": mask}, margins, weights.astype("float32")
+        features = {"token_ids": token_ids, "padding_mask": mask}
+        return as_outputs((features, margins, weights.astype("float32")))
 
     def _columns(self, x):
         x = record_formats.pair_columns(text_checks.plain(text_checks.fields(x)) if text_checks.is_fields(x) else x)

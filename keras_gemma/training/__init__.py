@@ -1,5 +1,6 @@
 """What `fit` needs around it: loss, step, optimizers, schedules, a monitor, exact resume, a stop at NaN, and tuning."""
 
+from keras_gemma.training.compiled import refuse_uncompiled
 from keras_gemma.training.errors import CheckpointNotSavedError
 from keras_gemma.training.errors import DamagedCheckpointError
 from keras_gemma.training.errors import ForeignCheckpointError
@@ -54,6 +55,7 @@ __all__ = [
     "exact_resume_among",
     "in_whole_steps",
     "peak_flops",
+    "refuse_uncompiled",
     "training_flops_per_token",
     "tune",
     "uninterrupted",

@@ -81,7 +81,7 @@ def test_rows_of_a_stream_are_nearly_full(sources, preprocessor):
 def test_without_packing_every_example_has_a_row(sources, preprocessor):
     batches = list(training_batches(sources["pairs"], preprocessor, 8, pack=False))
     examples = [dict(example) for example in sources["pairs"]][:8]
-    x, y, weights = preprocessor(examples)
+    x, y, weights = keras.tree.map_structure(keras.ops.convert_to_numpy, preprocessor(examples))
     # The last token is no input: nothing follows it.
     np.testing.assert_array_equal(batches[0][0]["padding_mask"].sum(axis=1), x["padding_mask"].sum(axis=1) - 1)
     np.testing.assert_array_equal(batches[0][1], y)

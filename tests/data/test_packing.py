@@ -46,7 +46,9 @@ def small(shape):
 def test_packed_examples_give_the_logits_and_gradients_of_separate_ones(small, preprocessor):
     examples = [*TEXTS[:3], *({"prompts": text, "responses": text[::-1]} for text in TEXTS[3:6]), *DIALOGUES[6:]]
     (x, y, weights), places = row_batch(preprocessor, examples)
-    separate_x, separate_y, separate_weights = preprocessor(examples)
+    separate_x, separate_y, separate_weights = keras.tree.map_structure(
+        keras.ops.convert_to_numpy, preprocessor(examples)
+    )
     assert len(y) < len(separate_y), "nothing is packed"
 
     model = ours(small)
@@ -98,7 +100,9 @@ def test_segments_count_from_1_and_positions_from_0(preprocessor):
 def test_unpadded_examples_are_rows_of_a_call_without_padding(preprocessor):
     long = {"prompts": "the License ", "responses": "a work " * 40}
     examples = [TEXTS[0], "you may " * 40, {"prompts": "Hi", "responses": "Yo"}, long, DIALOGUES[1]]
-    x, y, weights = preprocessor(examples, sample_weight=np.arange(1.0, 6.0))
+    x, y, weights = keras.tree.map_structure(
+        keras.ops.convert_to_numpy, preprocessor(examples, sample_weight=np.arange(1.0, 6.0))
+    )
     tokens = preprocessor.unpadded(examples, sample_weight=np.arange(1.0, 6.0))
     assert [len(example["token_ids"]) for example in tokens][1::2] == [LENGTH, LENGTH]
     for i, example in enumerate(tokens):

@@ -95,7 +95,6 @@ def test_the_row_ends_with_the_token_that_completes_the_string():
     assert watch.ends([["x", "a", "bc"], ["b", "a", "a", "b"]]) == {1: 4}
 
 
-@pytest.mark.multi_backend
 def test_several_texts_of_a_prompt_and_what_the_model_thinks_of_them(text_model):
     model, preprocessor = text_model, text_model.preprocessor
     answers = model.generate(

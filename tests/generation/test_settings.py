@@ -53,7 +53,6 @@ def test_distributions_are_those_of_transformers():
     np.testing.assert_allclose(keras.ops.convert_to_numpy(ours), theirs, rtol=1e-6)
 
 
-@pytest.mark.multi_backend
 def test_a_penalty_counts_prompt_and_continuation_alone(models):
     model, prompts = models(), random_prompts(5, 2, 9)
     settings = {"stop_token_ids": None, "max_new_tokens": 6}

@@ -26,7 +26,8 @@ def model(make_model):
 def perplexities(model):
     """The perplexity of each kind of example as a list."""
     for examples in (TEXTS, PAIRS, DIALOGUES):
-        assert (model.preprocessor(examples)[2].sum(axis=1) > 0).all(), "every row needs something to learn"
+        weights = keras.ops.convert_to_numpy(model.preprocessor(examples)[2])
+        assert (weights.sum(axis=1) > 0).all(), "every row needs something to learn"
     return {
         kind: model.fit(examples, batch_size=BATCH, verbose=0).history["perplexity"][0]
         for kind, examples in {"texts": TEXTS, "pairs": PAIRS, "dialogues": DIALOGUES}.items()
@@ -144,7 +145,7 @@ def test_without_a_preprocessor_token_ids_train(make_model, model, perplexities)
     bare = make_model(with_preprocessor=False)
     bare.set_weights(model.get_weights())
     bare.compile(optimizer=keras.optimizers.SGD(0.0))
-    x, y, weights = model.preprocessor(TEXTS)
+    x, y, weights = keras.tree.map_structure(keras.ops.convert_to_numpy, model.preprocessor(TEXTS))
     history = bare.fit(x, y, sample_weight=weights, batch_size=BATCH, verbose=0).history
     assert history["perplexity"] == pytest.approx([perplexities["texts"]], rel=1e-4)
     np.testing.assert_allclose(
@@ -159,7 +160,7 @@ def test_without_a_preprocessor_batches_of_token_ids_train(make_model, model, pe
     bare = make_model(with_preprocessor=False)
     bare.set_weights(model.get_weights())
     bare.compile(optimizer=keras.optimizers.SGD(0.0))
-    data = model.preprocessor(TEXTS)
+    data = keras.tree.map_structure(keras.ops.convert_to_numpy, model.preprocessor(TEXTS))
     rows = [keras.tree.map_structure(lambda array, i=i: array[i], data) for i in range(len(TEXTS))]
     for form in (
         tf.data.Dataset.from_tensor_slices(data).batch(BATCH),
@@ -192,7 +193,7 @@ def test_the_default_of_compile_trains(make_model):
 def test_a_loss_of_ones_own_is_used(make_model):
     model = make_model()
     model.compile(optimizer="sgd", loss=lambda y, logits: 7.0 + 0.0 * keras.ops.mean(logits, axis=-1))
-    weights = model.preprocessor(TEXTS)[2]
+    weights = keras.ops.convert_to_numpy(model.preprocessor(TEXTS)[2])
     # Keras averages over positions unless the loss says otherwise.
     loss = model.evaluate(TEXTS, batch_size=8, verbose=0, return_dict=True)["loss"]
     assert loss == pytest.approx(7.0 * weights.mean(), rel=1e-4)
