@@ -134,7 +134,7 @@ def bits_per_byte(model, texts, batch_size):
     """Of as much of each text as a row takes."""
     targets = [example["targets"] for example in model.preprocessor.unpadded(texts)]
     size = sum(len(model.preprocessor.tokenizer.detokenize(ids).encode()) for ids in targets)
-    result = model.evaluate(texts, batch_size=batch_size, pack=True, verbose=0, return_dict=True)
+    result = model.evaluate(texts, batch_size=batch_size, pack=True, long_texts="truncate", verbose=0, return_dict=True)
     return math.log2(result["perplexity"]) * sum(map(len, targets)) / size
 
 

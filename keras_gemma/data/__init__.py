@@ -32,6 +32,7 @@ from keras_gemma.data.loader import training_batches
 from keras_gemma.data.mixture import Stage
 from keras_gemma.data.mixture import mixture
 from keras_gemma.data.packed_examples import packed
+from keras_gemma.data.packed_examples import padded
 from keras_gemma.data.resumable import Place
 from keras_gemma.data.resumable import resumable
 from keras_gemma.data.sources import from_array_record
@@ -65,6 +66,7 @@ __all__ = [
     "mistaken_identity",
     "mixture",
     "packed",
+    "padded",
     "personal_data",
     "preference_pairs",
     "preprocessed",

@@ -14,6 +14,8 @@ from keras_gemma.data import record_formats
 from keras_gemma.data import sources
 from keras_gemma.data import text_checks
 from keras_gemma.data.extras import required
+from keras_gemma.data.long_texts import Cuts
+from keras_gemma.data.long_texts import check_choice
 from keras_gemma.data.sources import array_record_files
 from keras_gemma.data.sources import records_of
 from keras_gemma.data.sources import write_records
@@ -32,6 +34,7 @@ def training_batches(
     seed=0,
     drop_remainder=False,
     read_options=None,
+    long_texts="split",
 ):
     """Batches to train on from single examples, for `fit`.
 
@@ -51,36 +54,71 @@ def training_batches(
         drop_remainder: bool. Leaves a last, smaller batch out.
         read_options: optional `grain.ReadOptions`, the threads that read and tokenise a `MapDataset`. 16 threads that
             are at most 64 examples ahead by default.
+        long_texts: string, what becomes of a text that is longer than a row. `"split"` makes several rows of it, each
+            with a `<bos>`, which learn all of its tokens once (see `keras_gemma.data.long_texts`); `"truncate"` drops
+            what goes beyond the first; `"refuse"` raises, for prompts with responses and dialogues as well, whose end
+            is dropped otherwise. The first time that something is cut, a warning says so.
 
     Returns:
         A `grain.IterDataset` of `(x, y, sample_weight)` as `packing.packed_batch` gives them.
 
     Raises:
-        ValueError: when it is read, for batches in place of examples, and fields that are no example.
+        ValueError: for an unknown `long_texts`; and when it is read, for batches in place of examples, fields that are
+            no example, texts that are none, and what `long_texts` refuses, with file and row of an example of a file.
         ImportError: without the extra `train`.
     """
     grain = required("grain")
     length = sequence_length or preprocessor.sequence_length
-    tokens = examples.map(lambda example: tokens_of(example, preprocessor, length))
+    check_choice(long_texts)
+    cuts = Cuts()
+    tokens = examples.map(lambda example: tokens_of(example, preprocessor, length, long_texts, cuts))
     if isinstance(tokens, grain.MapDataset):
         # Grain's own 500 examples ahead cost it a millisecond an example, counting which are ready.
         tokens = tokens.to_iter_dataset(read_options or grain.ReadOptions(num_threads=16, prefetch_buffer_size=64))
+    tokens = grain.experimental.FlatMapIterDataset(tokens, Flattened())
     if pack:
         return packing.packed_stream(tokens, length, batch_size, window, seed, drop_remainder)
     return packing.padded_stream(tokens, length, batch_size, drop_remainder)
 
 
-def tokens_of(example, preprocessor, sequence_length):
-    """`token_ids`, `targets` and `weights` of one example, each `[n]`; see `training_batches`."""
+class Flattened:
+    """Lists of rows as rows, for Grain."""
+
+    def flat_map(self, rows):
+        return rows
+
+
+def tokens_of(example, preprocessor, sequence_length, long_texts, cuts):
+    """`token_ids`, `targets` and `weights` of the rows of one example, each `[n]`; see `training_batches`."""
     if isinstance(example, dict) and set(example) == set(packing.EXAMPLE_FIELDS):
-        packing.refuse_longer_than(sequence_length, np.array([len(example["token_ids"])]))
-        return example
+        return _rows_of_tokens(example, preprocessor, sequence_length, long_texts, cuts)
     try:
-        return preprocessor.unpadded([_readable(text_checks.plain(example))], sequence_length=sequence_length)[0]
+        rows = preprocessor.unpadded([_readable(text_checks.plain(example))], None, sequence_length, long_texts, cuts)
+        cuts.tell(sequence_length, so_far=True)
+        return rows
     except ValueError as error:
         origin = sources.origin_of(example)
         problem = error.problem if isinstance(error, text_checks.ExampleError) else str(error)
         raise ValueError(f"{origin}: {problem}" if origin else problem) from error
+
+
+def _rows_of_tokens(example, preprocessor, sequence_length, long_texts, cuts):
+    """What `tokenize_ahead` wrote, as rows: a text is there whole."""
+    count = len(example["token_ids"])
+    cuts.examples += 1
+    if count <= sequence_length:
+        return [example]
+    # Of everything else a part is not learned.
+    if long_texts == "refuse" or not (example["weights"] == 1).all():
+        packing.refuse_longer_than(sequence_length, np.array([count]))
+    if long_texts == "truncate":
+        cuts.add_truncated(count + 1, sequence_length + 1)
+        rows = [{name: values[:sequence_length] for name, values in example.items()}]
+    else:
+        rows = preprocessor.unpadded_parts(example, sequence_length)
+        cuts.add_split(count + 1, len(rows))
+    cuts.tell(sequence_length, so_far=True)
+    return rows
 
 
 def _readable(example):
@@ -113,7 +151,7 @@ def _is_batch(example):
     return isinstance(example, list) and not (example and text_checks.is_message(example[0]))
 
 
-def tokenize_ahead(examples, preprocessor, path, sequence_length=None):
+def tokenize_ahead(examples, preprocessor, path, sequence_length=None, long_texts="split"):
     """Writes the token ids of a source to an ArrayRecord file, so that training need not tokenise.
 
     A record is one example of `n + 1` tokens: its ids as little-endian int32, then `n` weights as little-endian
@@ -123,16 +161,24 @@ def tokenize_ahead(examples, preprocessor, path, sequence_length=None):
         examples: a finite `grain.MapDataset` as of `training_batches`.
         preprocessor: a `GemmaCausalLMPreprocessor`.
         path: path of the file to write.
-        sequence_length: optional int in place of the preprocessor's; longer examples are cut.
+        sequence_length: optional int in place of the preprocessor's.
+        long_texts: string, as of `training_batches`. `"split"` writes a text whole, and `training_batches` makes rows
+            of it; `"truncate"` writes what fits into a row.
 
     Raises:
-        ValueError: for a data set without end.
+        ValueError: for a data set without end, and as `training_batches`.
     """
+    check_choice(long_texts)
     if len(examples) >= sys.maxsize:
         raise ValueError("`tokenize_ahead` writes finite data sets. Received one that repeats without end.")
     length = sequence_length or preprocessor.sequence_length
-    tokens = examples.map(lambda example: tokens_of(example, preprocessor, length))
-    write_records(path, (_as_record(example) for example in tokens))
+    cuts = Cuts()
+
+    def written(example):
+        is_whole_text = long_texts == "split" and isinstance(_readable(text_checks.plain(example)), (str, bytes))
+        return tokens_of(example, preprocessor, sys.maxsize if is_whole_text else length, long_texts, cuts)
+
+    write_records(path, (_as_record(row) for rows in examples.map(written) for row in rows))
 
 
 def from_tokens(paths):

@@ -1,14 +1,23 @@
-"""What users hand to `fit(pack=True)`, as packed batches."""
+"""Listed examples as batches of rows: packed, as `fit(pack=True)` takes them, or a row for each.
+
+A text that is longer than a row has several rows in both.
+"""
+
+import collections.abc
 
 import numpy as np
 
 from keras_gemma.data import batches
 from keras_gemma.data import loader
+from keras_gemma.data.long_texts import Cuts
+from keras_gemma.data.long_texts import check_choice
 from keras_gemma.data.packing import best_fit
 from keras_gemma.data.packing import packed_batch
 
+TOKENS_OF_A_TURN = 32
 
-def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
+
+def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False, long_texts="split"):
     """Packs examples into rows of the preprocessor's `sequence_length`.
 
     Args:
@@ -19,6 +28,7 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
         batch_size: int, packed rows of a batch. 32 if `None`.
         preprocessor: a `GemmaCausalLMPreprocessor`.
         shuffle: bool, for lists and arrays only. Draws a new order of the packed rows each epoch.
+        long_texts: string, as of `GemmaCausalLM.fit`.
 
     Returns:
         Batches in a form that `keras.Model.fit` takes.
@@ -34,7 +44,7 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
         raise ValueError("Labels are the next tokens of `x`, so `y` must be None. Received labels.")
     batch_size = batch_size or batches.DEFAULT_BATCH_SIZE
     if not batches.yields_batches(x):
-        return _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle)
+        return _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle, long_texts)
     if not batches.is_grain_dataset(x):
         raise ValueError(
             "`pack=True` packs examples, not batches: pass a list or an array of strings, {'prompts': [...], "
@@ -43,10 +53,10 @@ def packed(x, y, sample_weight, batch_size, preprocessor, shuffle=False):
         )
     if sample_weight is not None:
         raise ValueError("`sample_weight` weighs listed examples. Received it beside a Grain data set.")
-    return loader.training_batches(x, preprocessor, batch_size)
+    return loader.training_batches(x, preprocessor, batch_size, long_texts=long_texts)
 
 
-def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle):
+def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle, long_texts):
     x, sample_weight = batches.indexable(x), batches.indexable(sample_weight)
     count = batches.count_examples(x)
     if count == 0:
@@ -56,7 +66,7 @@ def _packed_in_memory(x, sample_weight, batch_size, preprocessor, shuffle):
             "`x` and `sample_weight` need as many examples each. "
             f"Received: {[count, batches.count_examples(sample_weight)]}"
         )
-    examples = preprocessor.unpadded(x, sample_weight)
+    examples = preprocessor.unpadded(x, sample_weight, long_texts=long_texts)
     row_length = preprocessor.sequence_length
     rows = _rows_of(examples, row_length, shuffle)
     return batches.ExampleBatches(
@@ -72,3 +82,56 @@ def _rows_of(examples, row_length, shuffle):
         raise ValueError("Every example is a single token, which leaves nothing to predict.")
     # Best fit puts the longest examples into the first rows.
     return [[examples[i] for i in row] for row in sorted(rows, key=min)]
+
+
+def padded(x, y, sample_weight, batch_size, preprocessor, preprocess, shuffle=False, long_texts="split"):
+    """Listed examples as batches with a row for each, or several for a text that is longer than a row.
+
+    Args:
+        x, y, sample_weight: examples, as of `preprocessed`.
+        batch_size: int, rows of a batch. 32 if `None`.
+        preprocessor: a `GemmaCausalLMPreprocessor`.
+        preprocess: callable from one batch of examples to `(x, y, sample_weight)`, for examples that all fit.
+        shuffle: bool. Draws a new order of the rows each epoch.
+        long_texts: string, as of `GemmaCausalLM.fit`.
+
+    Returns:
+        `batches.ExampleBatches`. Where a text has several rows, all are tokenised at once, to know how many.
+
+    Raises:
+        ValueError: as `preprocessed`, for an unknown `long_texts`, and for what it refuses.
+    """
+    check_choice(long_texts)
+    batch_size = batch_size or batches.DEFAULT_BATCH_SIZE
+    x, y, sample_weight = (batches.indexable(part) for part in (x, y, sample_weight))
+    as_they_are = batches.ExampleBatches(x, y, sample_weight, batch_size, preprocess, shuffle)
+    if y is not None or not _may_be_longer(x, preprocessor.sequence_length):
+        return as_they_are
+    cuts = Cuts()
+    rows = preprocessor.rows(x, long_texts=long_texts, cuts=cuts)
+    if not cuts.split and not cuts.truncated:
+        return as_they_are
+    cuts.tell(preprocessor.sequence_length)
+    weights = None if sample_weight is None else preprocessor.weights_of_rows(rows, sample_weight)
+    # As arrays: lists of numbers take ten times the memory.
+    compact = [type(row)(np.array(row.ids, "int32"), np.array(row.learned)) for _, row in rows]
+    return batches.ExampleBatches(
+        compact, None, weights, batch_size, lambda rows, y, weights: preprocessor.batch_of_rows(rows, weights), shuffle
+    )
+
+
+def _may_be_longer(x, row_length):
+    """Whether an example may have more tokens than a row. None has more than bytes, `<bos>` and `<eos>` included."""
+    columns = list(x.values()) if isinstance(x, dict) else [x]
+    return any(sum(map(_most_tokens, example)) > row_length - 1 for example in zip(*columns))
+
+
+def _most_tokens(value):
+    if isinstance(value, (str, bytes)):
+        return len(value if isinstance(value, bytes) or value.isascii() else value.encode("utf-8", "replace"))
+    if isinstance(value, collections.abc.Mapping):
+        # The marks of a message's turn are fewer.
+        return sum(map(_most_tokens, value.values())) + (TOKENS_OF_A_TURN if "role" in value else 0)
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+        return sum(map(_most_tokens, value))
+    return 0

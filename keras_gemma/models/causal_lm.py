@@ -20,6 +20,7 @@ from keras_gemma.models.packed_inputs import is_packed
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.preprocessor_outputs import numpy_outputs
 from keras_gemma.models.presets import Presets
+from keras_gemma.models.tokenizer import GemmaTokenizer
 from keras_gemma.training import NextTokenLoss
 from keras_gemma.training import Perplexity
 from keras_gemma.training import TokenAccuracy
@@ -247,6 +248,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         validation_batch_size=None,
         shuffle=True,
         pack=False,
+        long_texts="split",
         **kwargs,
     ):
         """Trains the model on text or token ids.
@@ -261,6 +263,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             pack: bool. Puts several examples into each row, where none attends to another: less padding, the same loss.
                 `x` and `validation_data` are then examples as lists or arrays, or Grain data sets of single examples,
                 and `batch_size` counts rows.
+            long_texts: string, what becomes of strings that are longer than the preprocessor's `sequence_length`, with
+                lists, arrays and Grain data sets to pack: `"split"` makes several rows of each, which learn all of it
+                once and share its `sample_weight` (`batch_size` counts rows); `"truncate"` drops what goes beyond the
+                first row; `"refuse"` raises, also for prompts with responses and dialogues, whose end is dropped
+                otherwise. A warning counts what is cut. Batches of data sets are cut, and warned of.
             y, batch_size, sample_weight, validation_data, validation_split, validation_batch_size, **kwargs: as of
                 `keras.Model.fit`.
 
@@ -276,11 +283,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         Raises:
             ValueError: where processes hand over different batches that should be the same, or shares that do not
-                fit together.
+                fit together; for texts that are none and those that `long_texts` refuses, with their number; and for a
+                new vocabulary that no other format can describe, so that the model could not be exported.
         """
         refuse_uncompiled(self, "fit")
         refuse_what_does_not_train(self)
         warn_of_weights_that_cannot_move(self)
+        if isinstance(getattr(self.preprocessor, "tokenizer", None), GemmaTokenizer):
+            self.preprocessor.tokenizer.refuse_what_cannot_be_exported()
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
         if validation_data is not None:
@@ -288,10 +298,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             # A validation set in batches keeps their size.
             sized = not pack and data.yields_batches(validation_data[0])
             validation_size = None if sized else validation_batch_size or batch_size
-            validation_data = self._batches(*validation_data, validation_size, pack=pack)
+            validation_data = self._batches(*validation_data, validation_size, pack=pack, long_texts=long_texts)
         # Listed examples are shuffled one by one below; Keras can shuffle whole batches only.
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
-        x = self._batches(x, y, sample_weight, batch_size, shuffle, pack)
+        x = self._batches(x, y, sample_weight, batch_size, shuffle, pack, long_texts)
         if validation_data is not None:
             validation_data = distribution.filled_up(validation_data, steps=kwargs.get("validation_steps"))
             validation_data = data.checked(validation_data, self.token_rules)
@@ -304,11 +314,12 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
         )
 
-    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, pack=False, long_texts="split", **kwargs):
         """Loss and metrics on anything that `fit` takes. See `keras.Model.evaluate`."""
         refuse_uncompiled(self, "evaluate")
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y, sample_weight = self._batches(x, y, sample_weight, batch_size, pack=pack), None, None
+            x = self._batches(x, y, sample_weight, batch_size, pack=pack, long_texts=long_texts)
+            y, sample_weight = None, None
             x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
             kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
@@ -434,9 +445,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """
         return scoring.embed(self, texts, pooling, batch_size, max_length, normalize)
 
-    def _batches(self, x, y, sample_weight, batch_size, shuffle=False, pack=False):
+    def _batches(self, x, y, sample_weight, batch_size, shuffle=False, pack=False, long_texts="truncate"):
         if pack:
-            return data.packed(x, y, sample_weight, batch_size, self.preprocessor, shuffle)
+            return data.packed(x, y, sample_weight, batch_size, self.preprocessor, shuffle, long_texts)
+        # A preprocessor of one's own makes of examples what it likes.
+        makes_rows = getattr(type(self.preprocessor), "call", None) is GemmaCausalLMPreprocessor.call
+        if makes_rows and not data.yields_batches(x):
+            preprocess = self.preprocess_samples
+            return data.padded(x, y, sample_weight, batch_size, self.preprocessor, preprocess, shuffle, long_texts)
         return data.preprocessed(x, y, sample_weight, batch_size, self.preprocess_samples, shuffle)
 
     # === Generating ===

@@ -8,6 +8,9 @@ import numpy as np
 from keras_gemma import checkpoints
 from keras_gemma.data import record_formats
 from keras_gemma.data import text_checks
+from keras_gemma.data.long_texts import Cuts
+from keras_gemma.data.long_texts import check_choice
+from keras_gemma.data.long_texts import windows
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.chat_format import dialogue_pieces
 from keras_gemma.models.chat_format import merge_system_message
@@ -32,7 +35,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     """Turns text into what `GemmaCausalLM` trains on and generates from.
 
     Every row opens with exactly one `<bos>`, whether or not the text spells it. `<eos>` ends a text that fits
-    into the row; a text that is cut gets none.
+    into the row; a text that is cut gets none. A call gives as many rows as examples, so it cuts what is longer than
+    `sequence_length`, warns of it once and counts it in `cuts`; `GemmaCausalLM.fit` and `data.training_batches` make
+    several rows of such texts instead.
 
     What users write is text. Turns and their markers come from the roles of dialogues; where a string, prompt, response
     or message spells a special token such as `<start_of_turn>`, it is encoded as the characters that it has.
@@ -49,6 +54,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             refused: Gemma 1 has no system role.
 
     The last two are not part of a preset.
+
+    Attributes:
+        cuts: `keras_gemma.data.long_texts.Cuts`, what calls have cut so far.
 
     Call arguments:
         x: for pretraining strings; for tuning `{"prompts": [...], "responses": [...]}` or dialogues, each a
@@ -101,6 +109,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.allow_special_tokens = allow_special_tokens
         self.merge_system_messages = merge_system_messages
         self._spelled_token_was_told = False
+        self.cuts = Cuts()
 
     def get_config(self):
         return {
@@ -127,50 +136,132 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def _training_batch(self, x, sample_weight, length):
         examples, batched = examples_of(x)
-        rows = self._training_rows(examples, length)
+        rows = [row for _, row in self._training_rows(examples, length, "truncate", self.cuts)]
+        self.cuts.tell(length, so_far=True)
+        batch = self.batch_of_rows(rows, sample_weight, length)
+        return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
+
+    def batch_of_rows(self, rows, sample_weight=None, sequence_length=None):
+        """A batch of `Row`s as a call gives it: `(x, y, sample_weight)`. Longer rows are cut."""
+        length = sequence_length or self.sequence_length
         token_ids, padding_mask = self._pad([row.ids for row in rows], length + 1)
         learned, _ = self._pad([row.learned for row in rows], length + 1, value=0)
         weights = learned[:, 1:].astype("float32")
         if sample_weight is not None:
             weights *= np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
         features = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask[:, :-1]}
-        batch = (features, token_ids[:, 1:], weights)
-        return batch if batched else keras.tree.map_structure(lambda array: array[0], batch)
+        return features, token_ids[:, 1:], weights
 
-    def _training_rows(self, examples, length):
-        rows = text_checks.each(self.row, examples)
-        if any(any(row.learned) and not any(row.learned[: length + 1]) for row in rows):
-            warnings.warn(
-                f"The prompts of some examples fill the `sequence_length` of {length} tokens and leave no room for "
-                "their response: they train nothing.",
-                stacklevel=3,
+    def _training_rows(self, examples, length, long_texts, cuts):
+        """Pairs of an example's number and a `Row` of at most `length + 1` tokens."""
+        found = text_checks.each(lambda example: self._rows_of(example, length, long_texts, cuts), examples)
+        cuts.examples += len(examples)
+        return [(number, row) for number, rows in enumerate(found) for row in rows]
+
+    def _rows_of(self, example, length, long_texts, cuts):
+        row = self.row(example)
+        count = len(row.ids)
+        if count <= length + 1:
+            return [row]
+        if long_texts == "refuse":
+            raise ValueError(
+                f"An example fits into a row of {length} tokens, since `long_texts='refuse'`. Received one of "
+                f"{count - 1}: raise `sequence_length`, or give `long_texts='split'` for texts."
             )
+        if long_texts == "split" and isinstance(example, str):
+            rows = self.split(row, length)
+            cuts.add_split(count, len(rows))
+            return rows
+        kept = Row(row.ids[: length + 1], row.learned[: length + 1])
+        cuts.add_truncated(count, length + 1, learns=any(kept.learned) or not any(row.learned))
+        return [kept]
+
+    def split(self, row, length):
+        """A text's `Row` as several of at most `length + 1` tokens. See `keras_gemma.data.long_texts`."""
+        # A row of one token has no room for a `<bos>` and something to learn.
+        opened = self.add_start_token and length > 1
+        first, *others = windows(len(row.ids), length, opened)
+        start = [self.tokenizer.start_token_id] if opened else []
+        rows = [Row(row.ids[slice(*first)], row.learned[slice(*first)])]
+        for begin, end in others:
+            # The row before has learned its first token.
+            learned = [False] * (len(start) + 1) + row.learned[begin + 1 : end]
+            rows.append(Row(start + row.ids[begin:end], learned))
         return rows
 
-    def unpadded(self, x, sample_weight=None, sequence_length=None):
-        """A batch of examples as a call gives them, each without its padding: what packing starts from.
+    def rows(self, x, sequence_length=None, long_texts="split", cuts=None):
+        """A batch of examples as rows of token ids, of which a long text has several.
 
         Args:
-            x, sample_weight, sequence_length: as of a call. `x` is a batch.
+            x, sequence_length: as of a call. `x` is a batch.
+            long_texts: string, as of `unpadded`.
+            cuts: optional `keras_gemma.data.long_texts.Cuts`, to count what is cut.
 
         Returns:
-            A list with one dict an example: int32 `token_ids` `[n]`, int32 `targets` `[n]`, the next tokens, and
-            float32 `weights` `[n]`, where `n` is one less than the number of tokens and at most `sequence_length`.
+            A list of pairs of an int, the number of the example, and a `Row` of at most `sequence_length + 1` tokens.
 
         Raises:
-            ValueError: as a call, and for a single example.
+            ValueError: as a call, for a single example, an unknown `long_texts`, and what it refuses.
         """
+        check_choice(long_texts)
         length = sequence_length or self.sequence_length
         examples, batched = examples_of(x)
         if not batched:
             raise ValueError(
                 f"A batch of examples is expected; wrap a single one in a list. Received: {text_checks.shown(x)}"
             )
-        rows = self._training_rows(examples, length)
+        return self._training_rows(examples, length, long_texts, Cuts() if cuts is None else cuts)
+
+    def unpadded(self, x, sample_weight=None, sequence_length=None, long_texts="truncate", cuts=None):
+        """A batch of examples as a call gives them, each without its padding: what packing starts from.
+
+        Args:
+            x, sample_weight, sequence_length: as of a call. `x` is a batch.
+            long_texts: string, what becomes of a text that is longer than `sequence_length`: `"truncate"` cuts it as a
+                call does, `"split"` gives several dicts, one after the other (see `keras_gemma.data.long_texts`), and
+                `"refuse"` raises, also for prompts with responses and for dialogues, which are cut otherwise.
+            cuts: optional `keras_gemma.data.long_texts.Cuts`, to count what is cut. Without it, it is told at once.
+
+        Returns:
+            A list with one dict an example, or several: int32 `token_ids` `[n]`, int32 `targets` `[n]`, the next
+            tokens, and float32 `weights` `[n]`, where `n` is one less than the number of tokens and at most
+            `sequence_length`.
+
+        Raises:
+            ValueError: as a call, for a single example, an unknown `long_texts` and what it refuses, and for weights of
+                columns beside a text that is split.
+        """
+        length = sequence_length or self.sequence_length
+        counted = Cuts() if cuts is None else cuts
+        rows = self.rows(x, length, long_texts, counted)
+        if cuts is None:
+            counted.tell(length)
+        weights = self.weights_of_rows(rows, sample_weight)
+        return [_shifted(row, length, weight) for (_, row), weight in zip(rows, weights)]
+
+    @staticmethod
+    def weights_of_rows(rows, sample_weight):
+        """The weight of each of `rows`, that of its example, float32 `[rows, 1]` or `[rows, T]`.
+
+        Raises:
+            ValueError: for weights of columns where an example has several rows.
+        """
+        numbers = [number for number, _ in rows]
         if sample_weight is None:
-            sample_weight = np.ones(len(rows))
-        example_weights = np.reshape(np.asarray(sample_weight, "float32"), (len(rows), -1))
-        return [_shifted(row, length, weight) for row, weight in zip(rows, example_weights)]
+            return np.ones((len(rows), 1), "float32")
+        weights = np.reshape(np.asarray(sample_weight, "float32"), (numbers[-1] + 1, -1))
+        if weights.shape[1] > 1 and len(numbers) > len(weights):
+            raise ValueError(
+                "A weight for each column says nothing of a text that is cut into several rows: give one weight for "
+                "each text, or `long_texts='truncate'`."
+            )
+        return weights[numbers]
+
+    def unpadded_parts(self, example, sequence_length):
+        """A text as `unpadded` gives it without cutting, as several such dicts of at most `sequence_length` tokens."""
+        ids = [*example["token_ids"].tolist(), int(example["targets"][-1])]
+        rows = self.split(Row(ids, [True] * len(ids)), sequence_length)
+        return [_shifted(row, sequence_length, np.ones(1, "float32")) for row in rows]
 
     def _call_in_tf_graph(self, x, sample_weight, length):
         leaves = keras.tree.flatten(x)

@@ -176,7 +176,7 @@ def _refuse_what_is_not_listed(examples):
 
 def _steps_per_epoch(model, examples, batch_size, pack):
     if not pack:
-        return -(-data.count_examples(examples) // batch_size)
+        return len(data.padded(examples, None, None, batch_size, model.preprocessor, model.preprocess_samples))
     return len(data.packed(examples, None, None, batch_size, model.preprocessor))
 
 

@@ -60,7 +60,7 @@ def examples_of(batches):
 
 def test_a_mixture_of_text_and_pairs_comes_packed(sources, preprocessor):
     examples = mixed(sources)
-    batches = list(training_batches(examples, preprocessor, batch_size=4))
+    batches = list(training_batches(examples, preprocessor, batch_size=4, long_texts="truncate"))
     expected = [preprocessor.row(example.get("text") or example).ids[: LENGTH + 1] for example in examples]
     assert sorted(examples_of(batches)) == sorted(map(tuple, expected))
     assert {batch[1].shape for batch in batches[:-1]} == {(4, LENGTH)}
@@ -157,9 +157,10 @@ def test_a_file_that_is_not_of_tokens_is_named(tmp_path):
         from_tokens(tmp_path / "other")
 
 
-def test_tokens_longer_than_a_row_are_refused(preprocessor, tmp_path):
-    tokenize_ahead(grain.MapDataset.source(["the License " * 30]), preprocessor, tmp_path / "a")
-    with pytest.raises(ValueError, match=r"row of 32 tokens\. Received one of 63"):
+def test_tokens_of_pairs_longer_than_a_row_are_refused(preprocessor, tmp_path):
+    pair = {"prompts": "the ", "responses": "License the " * 15}
+    tokenize_ahead(grain.MapDataset.source([pair]), preprocessor, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"row of 32 tokens\. Received one of \d+"):
         next(iter(training_batches(from_tokens(tmp_path / "a"), preprocessor, 2, sequence_length=32)))
 
 
