@@ -12,12 +12,13 @@ from keras_gemma.commands import inspect
 from keras_gemma.commands import plan
 from keras_gemma.commands import presets
 from keras_gemma.commands import sft
+from keras_gemma.commands import vocabulary
 from keras_gemma.commands.arguments import DEFAULT_PRESET
 from keras_gemma.commands.arguments import Parser
 from keras_gemma.commands.arguments import UsageError
 from keras_gemma.commands.failures import sentence_of
 
-COMMANDS = (generate, chat, presets, inspect, convert, sft, plan)
+COMMANDS = (generate, chat, presets, inspect, convert, sft, vocabulary, plan)
 FAILURE = 1
 INTERRUPTED = 130
 
@@ -52,7 +53,7 @@ def build_parser():
     parser = Parser(
         prog="keras-gemma",
         description="Gemma language models in Keras: generate text, chat, fine-tune, convert and inspect checkpoints, "
-        "and plan training on TPUs.",
+        "train vocabularies, and plan training on TPUs.",
         epilog=f"""\
 examples:
   keras-gemma generate "The old man went"
@@ -63,6 +64,7 @@ examples:
   keras-gemma convert gemma_tiny_en tiny.gguf
   keras-gemma inspect tiny.gguf
   keras-gemma sft pairs.jsonl --output tuned
+  keras-gemma vocabulary books/ --output vocabulary.spm
   keras-gemma plan --preset gemma_7b_en --config gemma_7b_v5e_4096
 
 Without --preset, commands use {DEFAULT_PRESET}, a small model that comes with the package and needs no download.

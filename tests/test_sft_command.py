@@ -1,5 +1,7 @@
 """`keras-gemma sft` from files to a preset."""
 
+import csv
+import gzip
 import json
 
 import keras
@@ -135,21 +137,23 @@ def test_a_split_of_tfds(preset, prepared_by_tfds, tmp_path, capsys):
 
 
 def test_adapters_and_files_of_other_kinds(preset, tmp_path, capsys):
-    write_array_record(
-        [{"prompts": pair["q"], "responses": pair["a"]} for pair in PAIRS[1:]], tmp_path / "a.array_record"
-    )
+    (tmp_path / "training").mkdir()
+    with gzip.open(tmp_path / "training" / "a.csv.gz", "wt", newline="") as file:
+        csv.writer(file).writerows([("prompts", "responses"), *((pair["q"], pair["a"]) for pair in PAIRS[1:])])
     write_array_record(
         [{"prompts": pair["q"], "responses": pair["a"]} for pair in PAIRS[:2]], tmp_path / "v.array_record"
     )
     output = tmp_path / "tuned"
     status = sft(
-        tmp_path / "a.array_record", "--validation", tmp_path / "v.array_record", "--preset", preset, "--output",
+        tmp_path / "training", "--validation", tmp_path / "v.array_record", "--preset", preset, "--output",
         output, "--rank", 2, "--epochs", 1, "--filter", "duplicates",
     )  # fmt: skip
     assert status == 0
     # What is held out is not trained on.
     assert "22 of 23 examples kept\n  1 dropped: duplicate" in capsys.readouterr().out
     assert (output / "adapters.lora.h5").exists()
+    assert sft(__file__, "--output", output) == 1
+    assert "Examples lie in files of .jsonl, .parquet, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

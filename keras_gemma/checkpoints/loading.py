@@ -186,11 +186,13 @@ def _tokenizer(cls, source, config, config_file, kwargs):
     where, config["proto"] = source.vocabulary(config_file)
     number_of_pieces(config["proto"], where)
     try:
-        return cls.from_config(config)
+        tokenizer = cls.from_config(config)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"`{where}` does not serve as a vocabulary with the settings of the preset: {error}"
         ) from error
+    tokenizer.is_new = False
+    return tokenizer
 
 
 def _check_proto(source, proto):

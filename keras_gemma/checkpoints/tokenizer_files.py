@@ -100,6 +100,27 @@ def hugging_face_files(proto, chat_template=None, opens_with_bos=True, stop_toke
     return {VOCABULARY_FILE: bytes(proto), **as_bytes}
 
 
+def refuse_what_cannot_be_exported(proto):
+    """Refuses a vocabulary that neither Hugging Face's `tokenizer.json` nor GGUF can describe, before it is trained on.
+
+    Args:
+        proto: bytes of a SentencePiece model.
+
+    Raises:
+        ValueError: naming the rule that it breaks.
+    """
+    try:
+        model = parsed(proto)
+        check_rules(model)
+        _check_pieces(model.pieces)
+        _names(model.pieces)
+    except ValueError as error:
+        raise ValueError(
+            f"A model with this vocabulary could not be exported to Hugging Face or GGUF. {error} "
+            "`keras_gemma.models.train_vocabulary` and `keras-gemma vocabulary` train one that can."
+        ) from error
+
+
 def checked(proto, rows, where="the vocabulary"):
     """How many pieces a SentencePiece model has.
 

@@ -9,6 +9,14 @@ from keras_gemma.preset_table import known_presets
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 HUB_HANDLES = ("kaggle://", "hf://", "modelscope://", "gs://")
+# Where examples and texts come from: data sets of libraries, and files, of which those of text may be compressed.
+DATA_SETS = ("tfds:", "hf:")
+DATA_KINDS = (".jsonl", ".parquet", ".array_record", ".csv", ".tsv", ".txt")
+COMPRESSED = (".gz", ".zst")
+DATA_HELP = (
+    "file, folder or pattern: .jsonl or .csv (also .gz or .zst), .parquet or .array_record; or tfds:NAME:SPLIT or "
+    "hf:NAME:SPLIT"
+)
 # Files that are a whole checkpoint, which a preset's folder is made of by `convert`.
 SINGLE_FILES = {
     ".gguf": "a GGUF file",
@@ -48,6 +56,24 @@ def check_data(path, patterns="*?["):
     if ":" in path or any(sign in path for sign in patterns) or os.path.exists(path):
         return
     raise FileNotFoundError(f"No file or folder {path!r}.{_similar_files(path)}")
+
+
+def check_examples(path):
+    """Raises for examples that are not there, or of a format that is not read.
+
+    Raises:
+        FileNotFoundError: as `check_data`.
+        ValueError: for a file of another format.
+    """
+    check_data(path)
+    name = Path(path)
+    suffix = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+    is_pattern = not suffix and any(sign in path for sign in "*?[")
+    if path.startswith(DATA_SETS) or name.is_dir() or suffix in DATA_KINDS or is_pattern:
+        return
+    raise ValueError(
+        f"Examples lie in files of {', '.join(DATA_KINDS)}, or in tfds:NAME:SPLIT or hf:NAME:SPLIT. Received: {path}"
+    )
 
 
 def check_new(path):

@@ -9,6 +9,7 @@ OUTPUT/adapters.lora.h5    with --lora-rank
 OUTPUT/preset/             the tuned model, adapters merged
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -29,8 +30,6 @@ from keras_gemma.commands.arguments import positive_int
 from keras_gemma.commands.arguments import share_or_none
 from keras_gemma.staging import write_file
 
-TFDS = "tfds:"
-KINDS = (".jsonl", ".parquet", ".array_record")
 LORA_TARGETS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 # What does not change the result, or is not known before the run.
 NOT_SETTINGS = {"run", "parser", "traceback", "output", "overwrite", "backend", "logging_steps"}
@@ -58,9 +57,7 @@ examples:
 
 Needs the extra `train`, and for --filter `filters`: pip install 'keras_gemma[train,filters]'""",
     )
-    parser.add_argument(
-        "data", nargs="+", metavar="DATA", help=".jsonl, .parquet or .array_record file, or tfds:NAME:SPLIT"
-    )
+    parser.add_argument("data", nargs="+", metavar="DATA", help=checks.DATA_HELP)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="folder for the preset, checkpoints and figures"
     )
@@ -218,8 +215,7 @@ def _refuse_wrong_combinations(args):
             raise UsageError(f"argument {option}: needs validation examples, not --validation-share 0")
     checks.check_preset(args.preset)
     for path in [*args.data, *(args.validation or ())]:
-        checks.check_data(path)
-        _refuse_unknown_kind(path)
+        checks.check_examples(path)
     checks.check_writable(args.output)
 
 
@@ -227,12 +223,19 @@ def _settings(args):
     """What decides the result: the arguments and the contents of the files."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     files = [*args.data, *(args.validation or ())]
-    return {**settings, "contents": {path: _digest(path) for path in files if Path(path).is_file()}}
+    return {**settings, "contents": {path: _digest(path) for path in files if not path.startswith(checks.DATA_SETS)}}
 
 
 def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """A number of the contents of a file, or of all files of a folder or pattern."""
+    folder = Path(path)
+    found = [path] if folder.is_file() else folder.rglob("*") if folder.is_dir() else glob.glob(path, recursive=True)
+    digests = []
+    for name in sorted(map(str, found)):
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0][:16] if folder.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _refuse_another_run(args, settings):
@@ -298,16 +301,13 @@ def _split(examples, share):
 
 def _source(paths, args):
     from keras_gemma import data
+    from keras_gemma.data.sources import with_origin
 
     renamed = _fields(args)
     for path in paths:
-        if path.startswith(TFDS):
-            name, _, split = path.removeprefix(TFDS).partition(":")
-            source = data.from_tfds(name, split or "train")
-        else:
-            source = _reader(path)(path)
-        for example in source:
-            yield {name: example[field] for name, field in renamed.items() if field in example} if renamed else example
+        for example in data.from_any(path):
+            picked = {name: example[field] for name, field in renamed.items() if field in example}
+            yield with_origin(picked, example) if renamed else example
 
 
 def _fields(args):
@@ -317,19 +317,6 @@ def _fields(args):
     if args.prompts or args.responses:
         return {"prompts": args.prompts or "prompts", "responses": args.responses or "responses"}
     return {}
-
-
-def _reader(path):
-    from keras_gemma import data
-
-    return {".jsonl": data.from_jsonl, ".parquet": data.from_parquet, ".array_record": data.from_array_record}[
-        Path(path).suffix
-    ]
-
-
-def _refuse_unknown_kind(path):
-    if not path.startswith(TFDS) and Path(path).suffix not in KINDS:
-        raise ValueError(f"Examples lie in files of {', '.join(KINDS)}, or in {TFDS}NAME:SPLIT. Received: {path}")
 
 
 # === Results ===

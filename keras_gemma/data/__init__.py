@@ -1,6 +1,6 @@
 """Files or Python examples → packed batches for `fit`.
 
-ArrayRecord, jsonl, parquet, TFDS
+ArrayRecord, jsonl, parquet, csv, text, TFDS, Hugging Face Hub
   │ sources         single examples in any order; `write_array_record`
   │ record_formats  fields of TRL, Alpaca and ShareGPT as ours
   │ tuning          for prompts and responses: `filters`, form and length, and an account of what was dropped
@@ -18,6 +18,7 @@ PyDataset, tf.data, Grain, generator, torch ── batches┘
     model.fit(batches, steps_per_epoch=1000, epochs=20)
 """
 
+from keras_gemma.data.any_source import from_any
 from keras_gemma.data.batches import count_examples
 from keras_gemma.data.batches import preprocessed
 from keras_gemma.data.batches import split_off_validation
@@ -26,6 +27,7 @@ from keras_gemma.data.filters import duplicates
 from keras_gemma.data.filters import mistaken_identity
 from keras_gemma.data.filters import personal_data
 from keras_gemma.data.filters import unsafe
+from keras_gemma.data.hub import from_hub
 from keras_gemma.data.loader import from_tokens
 from keras_gemma.data.loader import tokenize_ahead
 from keras_gemma.data.loader import training_batches
@@ -40,6 +42,8 @@ from keras_gemma.data.sources import from_jsonl
 from keras_gemma.data.sources import from_parquet
 from keras_gemma.data.sources import from_tfds
 from keras_gemma.data.sources import write_array_record
+from keras_gemma.data.text_files import from_csv
+from keras_gemma.data.text_files import from_text
 from keras_gemma.data.token_checks import TokenRules
 from keras_gemma.data.token_checks import checked
 from keras_gemma.data.token_checks import is_iterator
@@ -57,9 +61,13 @@ __all__ = [
     "checked",
     "count_examples",
     "duplicates",
+    "from_any",
     "from_array_record",
+    "from_csv",
+    "from_hub",
     "from_jsonl",
     "from_parquet",
+    "from_text",
     "from_tfds",
     "from_tokens",
     "is_iterator",

@@ -122,8 +122,8 @@ def padded(x, y, sample_weight, batch_size, preprocessor, preprocess, shuffle=Fa
 
 def _may_be_longer(x, row_length):
     """Whether an example may have more tokens than a row. None has more than bytes, `<bos>` and `<eos>` included."""
-    columns = list(x.values()) if isinstance(x, dict) else [x]
-    return any(sum(map(_most_tokens, example)) > row_length - 1 for example in zip(*columns))
+    columns, marks = (list(x.values()), 2 * TOKENS_OF_A_TURN) if isinstance(x, dict) else ([x], 0)
+    return any(sum(map(_most_tokens, example)) + marks > row_length - 1 for example in zip(*columns))
 
 
 def _most_tokens(value):
@@ -131,7 +131,7 @@ def _most_tokens(value):
         return len(value if isinstance(value, bytes) or value.isascii() else value.encode("utf-8", "replace"))
     if isinstance(value, collections.abc.Mapping):
         # The marks of a message's turn are fewer.
-        return sum(map(_most_tokens, value.values())) + (TOKENS_OF_A_TURN if "role" in value else 0)
+        return sum(map(_most_tokens, value.values())) + TOKENS_OF_A_TURN
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
         return sum(map(_most_tokens, value))
     return 0

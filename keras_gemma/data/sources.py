@@ -1,6 +1,6 @@
 """Files → single examples that can be read in any order.
 
-ArrayRecord, jsonl, parquet, TFDS → `grain.MapDataset` of dicts
+ArrayRecord, jsonl, parquet, TFDS → `grain.MapDataset` of dicts; text and csv in `text_files`, the Hub in `hub`
 """
 
 import glob
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from keras_gemma.damaged import reading
+from keras_gemma.data import compressed
 from keras_gemma.data.extras import required
 from keras_gemma.staging import staged
 
@@ -25,8 +26,9 @@ def from_array_record(paths, fields=None, decode=json.loads):
     """Examples of ArrayRecord files.
 
     Args:
-        paths: path or glob, or a list of these. Write the files with a group size of 1, as `write_array_record` does:
-            a larger one slows reading in random order down.
+        paths: path of a file or a folder, or a glob, or a list of these; of a folder the files that end with
+            `.array_record`, those in its folders too. Write the files with a group size of 1, as `write_array_record`
+            does: a larger one slows reading in random order down.
         fields: optional names of the fields to keep; or a dict from the name an example shall have to the name in the
             file, such as `{"prompts": "question", "responses": "answer"}`.
         decode: callable from the bytes of a record to a dict. By default a record is a JSON object in UTF-8.
@@ -44,9 +46,12 @@ def from_array_record(paths, fields=None, decode=json.loads):
 
 
 def from_jsonl(paths, fields=None):
-    """Examples of files with one JSON object a line, in UTF-8. Lines that are empty or white space alone are skipped.
+    """Examples of files with one JSON object a line, in UTF-8, also compressed as `.jsonl.gz` or `.jsonl.zst`.
 
-    Opening scans the files for their line ends and keeps 8 bytes for each line.
+    Lines that are empty or white space alone are skipped.
+
+    Opening scans the files for their line ends and keeps 8 bytes for each line. What is compressed is written out to a
+    temporary file first.
 
     Args:
         paths, fields: as of `from_array_record`.
@@ -59,7 +64,7 @@ def from_jsonl(paths, fields=None):
         ValueError: for a file without lines, and, when it is read, for a line that is no JSON object or lacks a field;
             naming the file and the line, counted from 1.
     """
-    return records_of([JsonLines(path) for path in _files(paths)], _decoder(json.loads, fields))
+    return records_of([JsonLines(path) for path in _files(paths, (".jsonl",))], _decoder(json.loads, fields))
 
 
 def from_parquet(paths, fields=None):
@@ -79,10 +84,10 @@ def from_parquet(paths, fields=None):
         ValueError: for a file that has no rows, is no parquet file or lacks a column, and, when it is read, for a null
             in one of `fields`; naming the file and the row, counted from 0.
     """
-    names = _names(fields)
+    names = field_names(fields)
     columns = None if names is None else sorted(set(names.values()))
-    files = [ParquetRows(path, columns) for path in _files(paths)]
-    return records_of(files, lambda row: _picked(row, names))
+    files = [ParquetRows(path, columns) for path in _files(paths, (".parquet",))]
+    return records_of(files, lambda row: picked(row, names))
 
 
 def from_tfds(name, split, fields=None, **kwargs):
@@ -113,10 +118,10 @@ def from_tfds(name, split, fields=None, **kwargs):
         raise ValueError(f"{place}, cannot be read: {error}") from error
     features = source.dataset_info.features
     texts = [feature for feature, kind in features.items() if isinstance(kind, tfds.features.Text)]
-    names = _names(fields)
+    names = field_names(fields)
 
     def decode(example):
-        return _picked({**example, **{text: example[text].decode("utf-8") for text in texts}}, names)
+        return picked({**example, **{text: example[text].decode("utf-8") for text in texts}}, names)
 
     return records_of([TfdsSplit(source, place)], decode)
 
@@ -234,11 +239,12 @@ def with_origin(fields, example):
 
 
 def _decoder(decode, fields):
-    names = _names(fields)
-    return lambda record: _picked(decode(record), names)
+    names = field_names(fields)
+    return lambda record: picked(decode(record), names)
 
 
-def _names(fields):
+def field_names(fields):
+    """`fields` as a dict from the name that an example shall have to the name in the file; or `None`, for all."""
     if fields is None or isinstance(fields, dict):
         return fields
     if isinstance(fields, str):
@@ -246,7 +252,12 @@ def _names(fields):
     return {name: name for name in fields}
 
 
-def _picked(record, names):
+def picked(record, names):
+    """The fields of a record that `field_names` names.
+
+    Raises:
+        ValueError: for a record without fields, and a field that is missing or null.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"an example is an object with fields. Received: {str(record)[:200]!r}")
     if names is None:
@@ -257,21 +268,43 @@ def _picked(record, names):
     return {name: record[field] for name, field in names.items()}
 
 
-def _files(paths):
+def matching_files(paths, suffixes):
+    """The files that paths name.
+
+    Args:
+        paths: path of a file or a folder, or a glob, or a list of these.
+        suffixes: tuple of strings. Of a folder, files with these are taken, compressed ones too.
+
+    Returns:
+        A list of strings.
+
+    Raises:
+        FileNotFoundError: for a path that matches no file.
+    """
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not patterns:
         raise ValueError("At least one path is needed. Received none.")
-    files = [file for pattern in patterns for file in _matching(os.fspath(pattern))]
+    return [file for pattern in patterns for file in _matching(os.fspath(pattern), suffixes)]
+
+
+def _files(paths, suffixes):
+    files = matching_files(paths, suffixes)
     for file in files:
         if os.path.getsize(file) == 0:
             raise ValueError(f"{file} is empty.")
     return files
 
 
-def _matching(pattern):
+def _matching(pattern, suffixes):
     # A file may have brackets in its name.
     if os.path.isfile(pattern):
         return [pattern]
+    if os.path.isdir(pattern):
+        found = [os.path.join(folder, file) for folder, _, names in os.walk(pattern) for file in names]
+        files = sorted(file for file in found if compressed.without_suffix(file).endswith(suffixes))
+        if not files:
+            raise FileNotFoundError(f"No file of {', '.join(suffixes)} lies in the folder {pattern!r}.")
+        return files
     files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not files:
         raise FileNotFoundError(f"No file is or matches {pattern!r}.")
@@ -280,7 +313,7 @@ def _matching(pattern):
 
 def array_record_files(paths):
     """The ArrayRecord files that `paths` name, as files of `records_of`."""
-    return [ArrayRecords(path) for path in _files(paths)]
+    return [ArrayRecords(path) for path in _files(paths, (".array_record",))]
 
 
 class ArrayRecords:
@@ -308,7 +341,8 @@ class JsonLines:
 
     def __init__(self, path):
         self._path = path
-        self._starts, self._ends = _lines(path)
+        self._contents = compressed.Contents(path)
+        self._starts, self._ends = _lines(self._contents.path)
         if not len(self._starts):
             raise ValueError(f"{path} has no lines.")
         self._file = None
@@ -319,13 +353,13 @@ class JsonLines:
     def __getitem__(self, index):
         start, end = int(self._starts[index]), int(self._ends[index])
         if self._file is None:
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
+            self._file = open(self._contents.path, "rb", buffering=0)  # noqa: SIM115
         # Several threads read, so there must be no common position in the file.
         return os.pread(self._file.fileno(), end - start, start)
 
     def place(self, index):
         start = int(self._starts[index])
-        contents = np.memmap(self._path, np.uint8, mode="r")[:start]
+        contents = np.memmap(self._contents.path, np.uint8, mode="r")[:start]
         chunks = (contents[offset : offset + SCAN_BYTES] for offset in range(0, start, SCAN_BYTES))
         return f"{self._path}, line {sum(int(np.sum(chunk == NEWLINE)) for chunk in chunks) + 1}"
 

@@ -285,6 +285,13 @@ def refuse_bad_texts(examples):
         _refuse_bad_column(examples, "A text")
 
 
+_NEEDED_FIELDS = ("prompts", "responses", "chosen", "rejected", "content")
+_TEXT_FIELDS = (
+    *_NEEDED_FIELDS, "text", "messages", "prompt", "completion", "instruction", "output", "response", "conversations",
+    "value",
+)  # fmt: skip
+
+
 def _refuse_bad_column(values, name):
     if isinstance(values, (list, tuple)) or (isinstance(values, np.ndarray) and values.dtype.kind in "OUS"):
         are_texts = len(values) > 0 and isinstance(values[0], (str, bytes))
@@ -298,10 +305,12 @@ def _refuse_bad_texts_in(value, name, depth):
     elif not depth:
         return
     elif isinstance(value, collections.abc.Mapping):
-        for field in ("prompts", "responses", "messages", "content", "text", "chosen", "rejected"):
-            # Tables have a null where a row goes without a field of others.
-            if value.get(field) is not None or (field in value and field not in ("messages", "text")):
-                _refuse_bad_texts_in(value[field], f"Its {field!r}", depth - 1)
+        # Tables have a null where a row goes without a field of others.
+        given = [field for field in _TEXT_FIELDS if value.get(field) is not None]
+        others = not set(_NEEDED_FIELDS).issuperset(given)
+        lacking = [field for field in _NEEDED_FIELDS if field in value and value[field] is None and not others]
+        for field in (*given, *lacking):
+            _refuse_bad_texts_in(value[field], f"Its {field!r}", depth - 1)
     elif isinstance(value, (list, tuple)):
         for element in value:
             _refuse_bad_texts_in(element, name, depth - 1)

@@ -10,6 +10,7 @@ from keras_gemma.models.scoring import TextScore
 from keras_gemma.models.text_classifier import GemmaTextClassifier
 from keras_gemma.models.text_classifier_preprocessor import GemmaTextClassifierPreprocessor
 from keras_gemma.models.tokenizer import GemmaTokenizer
+from keras_gemma.models.vocabulary import train_vocabulary
 
 __all__ = [
     "GemmaBackbone",
@@ -22,4 +23,5 @@ __all__ = [
     "GemmaTokenizer",
     "GeneratedText",
     "TextScore",
+    "train_vocabulary",
 ]

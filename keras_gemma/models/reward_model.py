@@ -8,6 +8,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma import kernels
 from keras_gemma.data import record_formats
+from keras_gemma.data import text_checks
 from keras_gemma.generation.buckets import bucket
 from keras_gemma.models import cloning
 from keras_gemma.models import quantization
@@ -275,7 +276,8 @@ class GemmaRewardModel(keras_hub.models.Task):
                 "There are as many responses as prompts, and one at least. "
                 f"Received: {len(prompts)} prompts and {len(responses)} responses"
             )
-        return self.score_tokens([self.preprocessor.scored_row(*pair) for pair in zip(prompts, responses)], batch_size)
+        rows = text_checks.each(lambda pair: self.preprocessor.scored_row(*pair), zip(prompts, responses))
+        return self.score_tokens(rows, batch_size)
 
     def score_tokens(self, rows, batch_size=8):
         """Rewards of rows of token ids, each with the token that ends its answer.
@@ -457,10 +459,15 @@ class Extreme(keras.metrics.Metric):
 
 def _as_columns(x):
     """A list of examples as a dict of lists; anything else as it is."""
-    if not isinstance(x, list) or not x or not isinstance(x[0], dict):
+    if not isinstance(x, (list, tuple)) or not x or not text_checks.is_fields(x[0]):
         return x
-    x = [record_formats.pair(example) for example in x]
-    missing = [i for i, example in enumerate(x) if set(example) != set(x[0])]
-    if missing:
-        raise ValueError(f"Pairs have the same fields. Received: {sorted(x[0])}, and {sorted(x[missing[0]])}")
+    for number, example in enumerate(x):
+        if not text_checks.is_fields(example):
+            raise text_checks.ExampleError(number, f"A pair has fields. Received: {text_checks.shown(example)}")
+    x = text_checks.each(lambda example: record_formats.pair(text_checks.fields(example)), x)
+    for number, example in enumerate(x):
+        if set(example) != set(x[0]):
+            raise text_checks.ExampleError(
+                number, f"Pairs have the same fields. Received: {sorted(x[0])} first, and {sorted(example)}"
+            )
     return {name: [example[name] for example in x] for name in x[0]}

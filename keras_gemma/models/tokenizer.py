@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 
 from keras_gemma import checkpoints
+from keras_gemma.checkpoints import tokenizer_files
 from keras_gemma.damaged import reading
 from keras_gemma.data import text_checks
 from keras_gemma.models.backbone import GemmaBackbone
@@ -60,6 +61,8 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         super().__init__(proto=proto, **kwargs)
         if missing := [token for token in self.stop_tokens if proto and self._optional_token_id(token) is None]:
             raise ValueError(f"Stop tokens are tokens of the vocabulary. Received: {missing[0]!r}")
+        # What comes out of a checkpoint is not.
+        self.is_new = proto is not None
         # There is nothing to build, and `quantize` of a whole model refuses layers that are not.
         self.built = True
 
@@ -154,6 +157,12 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """The ids that end a generation: `<eos>`, `<end_of_turn>` where the vocabulary has it, and `stop_tokens`."""
         ids = [self.end_token_id, self.end_of_turn_id, *map(self._optional_token_id, self.stop_tokens)]
         return [i for i in ids if i is not None]
+
+    def refuse_what_cannot_be_exported(self):
+        """Raises a `ValueError` for a new vocabulary, of no checkpoint, that other formats cannot describe."""
+        if self.is_new and self.proto is not None:
+            tokenizer_files.refuse_what_cannot_be_exported(self.proto)
+            self.is_new = False
 
     def encode(self, text, allow_special_tokens=True):
         """Ids of one string as a plain list, without special tokens added, padding or cutting.

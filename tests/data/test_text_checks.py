@@ -11,6 +11,7 @@ from keras_gemma.data import preference_pairs
 from keras_gemma.data import text_checks
 from keras_gemma.data import training_batches
 from keras_gemma.data import tuning_examples
+from keras_gemma.models import GemmaRewardModel
 from keras_gemma.models import GemmaRewardModelPreprocessor
 from keras_gemma.rlhf import ReinforceTrainer
 
@@ -95,6 +96,7 @@ def test_every_entry_names_the_text_that_is_none(model, bad, error, _):
         "stream": lambda: list(model.stream(bad, max_new_tokens=1)),
         "chat": lambda: model.chat([{"role": "user", "content": bad}], max_new_tokens=1),
         "training_batches": lambda: list(training_batches(in_grain(bad), preprocessor, 1)),
+        "score": lambda: GemmaRewardModel(model.backbone, rewards).score([pair["prompts"]], [pair["rejected"]]),
         "scored_row": lambda: rewards.scored_row(pair["prompts"], pair["rejected"]),
     }
     for name, entry in {**numbered, **alone}.items():
