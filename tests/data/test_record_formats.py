@@ -7,6 +7,7 @@ from keras_gemma.data import preference_pairs
 from keras_gemma.data import record_formats
 from keras_gemma.data import tuning_examples
 from keras_gemma.data.loader import tokens_of
+from keras_gemma.data.long_texts import Cuts
 from keras_gemma.models import GemmaRewardModelPreprocessor
 from keras_gemma.models.reward_model import _as_columns
 
@@ -52,7 +53,7 @@ def test_records_of_others_train_as_ours(make_preprocessor, record, ours):
     kept, dropped = tuning_examples([record], preprocessor)
     assert dropped.count == 0 and preprocessor.row(kept[0]) == preprocessor.row(ours)
     if isinstance(record, dict):
-        for name, values in tokens_of(record, preprocessor, 60).items():
+        for name, values in tokens_of(record, preprocessor, 60, "refuse", Cuts())[0].items():
             np.testing.assert_array_equal(values, preprocessor.unpadded([ours])[0][name])
 
 
