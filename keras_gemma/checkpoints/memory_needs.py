@@ -27,7 +27,7 @@ def memory_needs(sizes, parameters):
     >>> gemma_2b = Sizes(256000, 18, 8, 1, 2048, 32768, 256)
     >>> needs = memory_needs(gemma_2b, parameters=2_506_172_416)
     >>> {job: round(needs[job]["bfloat16"] / 2**30, 2) for job in needs}
-    {'load': 4.67, 'generate': 4.81, 'train_adapters': 4.69, 'train': 37.34}
+    {'load': 4.67, 'generate': 4.81, 'train_adapters': 4.68, 'train': 37.34}
     """
     cached = 2 * sizes.num_layers * sizes.num_key_value_heads * sizes.head_dim * CONTEXT
     heads = (sizes.num_query_heads + sizes.num_key_value_heads) * sizes.head_dim
