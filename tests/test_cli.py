@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ from prompt_toolkit.output import DummyOutput
 from keras_gemma import cli
 from keras_gemma.commands import arguments
 from keras_gemma.commands import chat
+from keras_gemma.commands import failures
 from keras_gemma.commands import generate
 
 ANSWER = ["Sun", "ny ", "days."]
@@ -148,6 +150,45 @@ class TestUsage:
 
         monkeypatch.setattr(generate, "load_model", load_model)
         assert cli.main(["generate", "Hello"]) == 130
+
+
+class FakeResponse:
+    status_code = 403
+
+
+class ConnectError(Exception):
+    """As an HTTP library calls it."""
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def withheld():
+    error = RuntimeError("403 Client Error for url https://...")
+    error.response = FakeResponse()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), "No file or folder a.txt."),
+        (PermissionError(errno.EACCES, "Permission denied", "a.txt"), "No permission to read or write a.txt."),
+        (OSError(errno.ENOSPC, "No space left on device", "a.txt"), "The disk is full: a.txt could not be written."),
+        (FileNotFoundError("The preset lacks the file `x`."), "The preset lacks the file `x`."),
+        (ModuleNotFoundError("No module named 'grain.x'", name="grain.x"), "pip install 'keras_gemma[train]'"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), "--dtype bfloat16"),
+        (raised_from(ValueError("x"), ConnectError("[Errno -3] name resolution")), "The hub cannot be reached."),
+        (raised_from(ValueError("x"), withheld()), "accepted Gemma's terms"),
+        (ValueError("two\n  lines"), "two lines"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_errors_become_sentences_with_the_next_step(error, said):
+    sentence = failures.sentence_of(error)
+    assert said in sentence and "\n" not in sentence and "[Errno 2]" not in sentence
 
 
 class TestGenerate:
