@@ -267,7 +267,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Raises:
             ValueError: for float8, GPTQ and AWQ of a backbone with adapters.
         """
-        with quantization.quantizing(self, mode, config):
+        with quantization.quantizing(self, mode, config, filters) as filters:
             super().quantize(mode, config=config, filters=filters, **kwargs)
 
     def get_quantization_layer_structure(self, mode=None):

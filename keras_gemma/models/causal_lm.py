@@ -707,7 +707,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """Quantises the weights in place. Arguments and errors are those of `GemmaBackbone.quantize`."""
-        with quantization.quantizing(self.backbone, mode, config):
+        with quantization.quantizing(self.backbone, mode, config, filters) as filters:
             super().quantize(mode, config=config, filters=filters, **kwargs)
 
     def get_quantization_layer_structure(self, mode=None):

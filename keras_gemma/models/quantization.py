@@ -1,9 +1,12 @@
 """What Keras' quantisation asks of a Gemma model: which layers there are, and how to call a block by itself."""
 
 import contextlib
+import re
+import sys
 import warnings
 
 import keras
+import tqdm
 from keras import ops
 
 from keras_gemma.models import lora
@@ -14,8 +17,15 @@ NOTHING_TO_QUANTIZE = r".*does not have a `quantize` method|Invalid quantization
 
 
 @contextlib.contextmanager
-def quantizing(backbone, mode, config):
-    """What goes around `keras.Model.quantize`: refuses what would do nothing or harm, and spares useless warnings.
+def quantizing(backbone, mode, config, filters=None):
+    """What goes around `keras.Model.quantize`: a progress bar, no useless warnings, and no quantising that does harm.
+
+    Args:
+        backbone: a `GemmaBackbone`.
+        mode, config, filters: as of `keras.Model.quantize`.
+
+    Yields:
+        Filters that select the same layers, and move the bar.
 
     Raises:
         ValueError: for adapters where the quantised weights take none, and for heads that calibration cannot tell from
@@ -32,9 +42,32 @@ def quantizing(backbone, mode, config):
             "Keras' GPTQ and AWQ take the largest axis of a kernel for its width, which heads must not exceed. "
             f"Received: num_query_heads={backbone.num_query_heads}, hidden_dim={backbone.hidden_dim}"
         )
-    with warnings.catch_warnings():
+    blocks = {id(layer): block for block in backbone.transformer_layers for layer in block._flatten_layers()}
+    # Calibration has a bar of Keras' own, and calls filters again.
+    shown = sys.stderr.isatty() and mode not in CALIBRATED
+    with warnings.catch_warnings(), tqdm.tqdm(total=len(backbone.transformer_layers), disable=not shown) as bar:
+        bar.set_description(f"{mode} blocks")
         warnings.filterwarnings("ignore", message=NOTHING_TO_QUANTIZE)
-        yield
+        yield _counting_blocks(filters, blocks, bar) if shown else filters
+
+
+def _counting_blocks(filters, blocks, bar):
+    """Filters as given, that also count a block when its first layer is asked for."""
+    seen = set()
+
+    def selected(layer):
+        block = blocks.get(id(layer))
+        if block is not None and id(block) not in seen:
+            seen.add(id(block))
+            bar.update()
+        if filters is None:
+            return True
+        if callable(filters):
+            return filters(layer)
+        patterns = [filters] if isinstance(filters, str) else filters
+        return any(re.search(pattern, layer.name) for pattern in patterns)
+
+    return selected
 
 
 def structure_of(backbone, mode):

@@ -79,3 +79,22 @@ def test_models_say_what_they_are(make_model):
     quantized = make_model()
     quantized.quantize("int8")
     assert "quantized to int8" in repr(quantized)
+
+
+def test_quantizing_shows_its_blocks_and_no_warnings(make_model, monkeypatch, recwarn):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    make_model(num_layers=2).quantize("int8")
+    assert "int8 blocks: 100%" in terminal.getvalue() and "2/2" in terminal.getvalue()
+    chosen = make_model(num_layers=2)
+    chosen.quantize("int8", filters="query")
+    modes = {
+        layer.name: layer.quantization_mode
+        for layer in chosen.backbone.transformer_layers[1].attention._layers
+        if hasattr(layer, "quantization_mode")
+    }
+    assert modes["query"] == "int8" and modes["key"] is None
+    assert not [str(warning.message) for warning in recwarn.list if warning.category is UserWarning]
