@@ -7,6 +7,7 @@ from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma import kernels
 from keras_gemma.models.backbone import GemmaBackbone
+from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import without_absent
 from keras_gemma.models.preprocessor_outputs import numpy_outputs
 from keras_gemma.models.presets import Presets
@@ -15,6 +16,7 @@ from keras_gemma.models.text_classifier_preprocessor import GemmaTextClassifierP
 from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
 from keras_gemma.training import refuse_uncompiled
+from keras_gemma.training import with_progress_bar
 from keras_gemma.training.trained_weights import refuse_what_does_not_train
 
 
@@ -89,6 +91,9 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
             "dropout": self.dropout,
         }
 
+    def __repr__(self):
+        return described(self, self.backbone)
+
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(without_absent(inputs), *args, **kwargs)
 
@@ -139,6 +144,7 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
             )
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
+        kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
@@ -152,6 +158,7 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size), None, None
             x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
