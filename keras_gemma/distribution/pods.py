@@ -1,6 +1,7 @@
 """A distribution of its own axis across pods."""
 
 import math
+import warnings
 
 import keras
 
@@ -58,6 +59,9 @@ class PodParallel(keras.distribution.ModelParallel):
         # Keras asks for it while the base class is being made.
         self._replicas = math.prod(device_mesh.shape[:2])
         super().__init__(layout_map=layout_map, batch_dim_name=layouts.DATA, auto_shard_dataset=auto_shard_dataset)
+        if device_mesh.devices.size == 1:
+            # On a mesh of one device both kinds of sharding are the same place, which Keras warns of nevertheless.
+            warnings.filterwarnings("ignore", message=r"\s*Detected a mix of local .* and distributed")
 
     @property
     def num_model_replicas(self):
