@@ -123,7 +123,10 @@ def cases():
 
 def described(case):
     form, steps_per_execution, arguments, _ = case
-    told = [f"{name}={value}" for name, value in arguments.items() if name != "validation_data"]
+    # No addresses: each worker of pytest-xdist would have tests of other names.
+    told = [
+        f"{name}={getattr(value, '__name__', value)}" for name, value in arguments.items() if name != "validation_data"
+    ]
     return ", ".join([form, f"executions of {steps_per_execution}", *told])
 
 
