@@ -245,7 +245,7 @@ class TestChat:
         monkeypatch.setattr(sys.modules[__name__], "ANSWER", ["Well<start_of", "_turn>."])
         typed(monkeypatch, "Hello", "How so?")
         assert cli.main(["chat"]) == 0
-        assert model.asked[-1][1]["content"] == "Well."
+        assert model.asked[-1][1]["content"] == "Well<start_of_turn>."
 
     def test_quit_and_reset(self, model, monkeypatch):
         typed(monkeypatch, "Hello", "/reset", "Again", "/quit", "Not read")

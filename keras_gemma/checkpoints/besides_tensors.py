@@ -32,6 +32,8 @@ class BesidesTensors:
         head: optional `StoredTensor` `[D, 1]`, what a reward model multiplies the last hidden state by.
         generation: dict, what `generation_config.json` says besides ids of tokens.
         doubts: tuple of strings, where files differ in a setting and one of them is followed.
+        sampler: optional dict, the serialised sampler of a Keras preset, which no other format has a place for.
+        other_head: optional string, the class of a task whose own weights no format takes, such as a classifier.
     """
 
     stop_tokens: tuple = ()
@@ -40,6 +42,8 @@ class BesidesTensors:
     head: StoredTensor | None = None
     generation: dict = dataclasses.field(default_factory=dict)
     doubts: tuple = ()
+    sampler: dict | None = None
+    other_head: str | None = None
 
     @property
     def opens_with_bos(self):
@@ -69,6 +73,11 @@ def check_kept(besides, format, keeps, others):
     Raises:
         ValueError: naming what would be lost, and the formats that keep it.
     """
+    if besides.other_head is not None:
+        raise ValueError(
+            f"The format {format!r} has no place for the weights that a `{besides.other_head}` has besides its "
+            "backbone. Convert a preset of the backbone alone: `model.backbone.save_to_preset(...)`"
+        )
     has = {
         HEAD: besides.head is not None,
         STOP_TOKENS: bool(besides.stop_tokens),

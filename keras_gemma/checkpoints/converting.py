@@ -136,7 +136,7 @@ def _kept(besides, name):
     """
     if name == keras_weights.FORMAT:
         # Weights and nothing else is what this format is for, but the head is weights.
-        besides = dataclasses.replace(besides_tensors.NOTHING, head=besides.head)
+        besides = dataclasses.replace(besides_tensors.NOTHING, head=besides.head, other_head=besides.other_head)
     keeps = {one: getattr(module, "KEEPS", ()) for one, module in WRITABLE.items()}
     besides_tensors.check_kept(besides, name, keeps[name], keeps)
     return besides

@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import keras
+import keras_hub
 
 from keras_gemma.checkpoints import besides_tensors
 from keras_gemma.checkpoints import canonical
@@ -170,6 +171,8 @@ class KerasPreset:
             head=self._head(task),
             generation=besides_tensors.generation_settings(self._content(besides_tensors.GENERATION_FILE)),
             doubts=tuple(doubts),
+            sampler=task.get(SAMPLER_OF_TASK),
+            other_head=self._other_head(task),
             **said_beside(tokenizer),
         )
 
@@ -187,6 +190,11 @@ class KerasPreset:
         if head is None:
             raise ValueError(f"`{path}` lacks `{HEAD}`, the head of a reward model.")
         return head
+
+    def _other_head(self, task):
+        name = (task.get("registered_name") or "").rpartition(">")[2]
+        has_weights = name != REWARD_MODEL and optional_file(self.location, hub.TASK_WEIGHTS_FILE)
+        return (name or "task") if has_weights else None
 
     def _sizes(self):
         if (self.config.get("registered_name") or "").rpartition(">")[2] != "GemmaBackbone":
@@ -350,7 +358,10 @@ def _task_without_values(sizes, proto, dtype, besides):
         )
         name = _snake_case(preprocessor_cls.__name__)
         preprocessor = preprocessor_cls(tokenizer, **besides.preprocessor, name=name)
-    return cls(backbone, preprocessor, name=_snake_case(cls.__name__))
+    task = cls(backbone, preprocessor, name=_snake_case(cls.__name__))
+    if besides.sampler is not None and getattr(task, "sampler", None) is not None:
+        task.sampler = keras_hub.samplers.deserialize(besides.sampler)
+    return task
 
 
 def _snake_case(name):

@@ -217,8 +217,11 @@ def _for_keras_hub(config):
 def _sampler_of(task):
     """What the model was compiled to choose tokens with, where keras-hub has it and would not take it by itself."""
     sampler = getattr(task, "sampler", None)
-    of_keras_hub = type(sampler).__module__.startswith("keras_hub.")
-    if not of_keras_hub or isinstance(sampler, keras_hub.samplers.GreedySampler):
+    # Here, because the models that import generation import this package first.
+    from keras_gemma.generation import CombinedSampler
+
+    is_known = type(sampler).__module__.startswith("keras_hub.") or type(sampler) is CombinedSampler
+    if not is_known or isinstance(sampler, keras_hub.samplers.GreedySampler):
         return {}
     return {SAMPLER_OF_TASK: keras_hub.samplers.serialize(sampler)}
 

@@ -135,7 +135,7 @@ class Dialogue:
 
     def record(self, text, reply):
         """Takes a message and its reply into the dialogue; without a reply, neither."""
-        reply = without_markers(reply).strip()
+        reply = reply.strip()
         if reply:
             self.messages += [{"role": "user", "content": text}, {"role": "model", "content": reply}]
 
@@ -200,14 +200,6 @@ def is_dialogue(messages):
     )
 
 
-def without_markers(reply):
-    """A reply that can stand in a dialogue: a model that was not trained on turns may write their markers."""
-    from keras_gemma.models.chat_format import END_OF_TURN
-    from keras_gemma.models.chat_format import START_OF_TURN
-
-    return reply.replace(START_OF_TURN, "").replace(END_OF_TURN, "")
-
-
 # === Commands inside the dialogue ===
 
 
@@ -242,11 +234,16 @@ def obey(text, dialogue, terminal):
 
 
 def _retry(dialogue, terminal):
+    before = dialogue.messages
     text = dialogue.take_back()
     if text is None:
         terminal.complain("There is no message to answer again.")
-    else:
+        return
+    try:
         answer(dialogue, text, terminal)
+    except Exception:
+        dialogue.messages = before
+        raise
 
 
 def _settings(rest, dialogue, terminal):

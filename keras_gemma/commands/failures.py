@@ -5,7 +5,6 @@ import errno
 # Modules that an extra brings.
 EXTRAS = {
     "array_record": "train",
-    "datasets": "train",
     "gguf": "convert",
     "grain": "train",
     "libtpu": "plan",

@@ -229,13 +229,21 @@ def _settings(args):
 def _digest(path):
     """A number of the contents of a file, or of all files of a folder or pattern."""
     folder = Path(path)
-    found = [path] if folder.is_file() else folder.rglob("*") if folder.is_dir() else glob.glob(path, recursive=True)
+    if folder.is_dir():
+        # As `data.from_any` reads them: what else lies there, this run's own output for instance, decides nothing.
+        found = [file for file in folder.rglob("*") if _kind(file) in checks.DATA_KINDS]
+    else:
+        found = [path] if folder.is_file() else glob.glob(path, recursive=True)
     digests = []
     for name in sorted(map(str, found)):
         if Path(name).is_file():
             with open(name, "rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0][:16] if folder.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _kind(file):
+    return Path(file.stem).suffix if file.suffix in checks.COMPRESSED else file.suffix
 
 
 def _refuse_another_run(args, settings):

@@ -26,7 +26,7 @@ def penalize_repetition(logits, tokens, filled, penalty):
     """
     rows, size = ops.shape(logits)
     # Everything else counts for a column beyond the vocabulary.
-    tokens = ops.where(filled, tokens, size)
+    tokens = ops.where(ops.logical_and(filled, tokens < size), tokens, size)
     row = ops.broadcast_to(ops.arange(rows, dtype="int32")[:, None], ops.shape(tokens))
     places = ops.reshape(ops.stack([row, ops.cast(tokens, "int32")], axis=-1), (-1, 2))
     marks = ops.scatter_update(ops.zeros((rows, size + 1), "int32"), places, ops.ones_like(places[:, 0]))

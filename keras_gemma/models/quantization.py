@@ -42,6 +42,7 @@ def quantizing(backbone, mode, config, filters=None):
             "Keras' GPTQ and AWQ take the largest axis of a kernel for its width, which heads must not exceed. "
             f"Received: num_query_heads={backbone.num_query_heads}, hidden_dim={backbone.hidden_dim}"
         )
+    filters = _in_backbone(filters, backbone)
     blocks = {id(layer): block for block in backbone.transformer_layers for layer in block._flatten_layers()}
     # Calibration has a bar of Keras' own, and calls filters again.
     shown = sys.stderr.isatty() and mode not in CALIBRATED
@@ -52,7 +53,7 @@ def quantizing(backbone, mode, config, filters=None):
 
 
 def _counting_blocks(filters, blocks, bar):
-    """Filters as given, that also count a block when its first layer is asked for."""
+    """Filters, a callable, that also count a block when its first layer is asked for."""
     seen = set()
 
     def selected(layer):
@@ -60,10 +61,20 @@ def _counting_blocks(filters, blocks, bar):
         if block is not None and id(block) not in seen:
             seen.add(id(block))
             bar.update()
-        if filters is None:
-            return True
-        if callable(filters):
-            return filters(layer)
+        return filters(layer)
+
+    return selected
+
+
+def _in_backbone(filters, backbone):
+    """Filters as a callable that leaves out the head of a task, which is small and which presets load in float32."""
+    inside = {id(layer) for layer in backbone._flatten_layers()}
+
+    def selected(layer):
+        if id(layer) not in inside:
+            return False
+        if filters is None or callable(filters):
+            return filters is None or filters(layer)
         patterns = [filters] if isinstance(filters, str) else filters
         return any(re.search(pattern, layer.name) for pattern in patterns)
 

@@ -6,6 +6,7 @@ from keras_gemma import checkpoints
 from keras_gemma import data
 from keras_gemma import distribution
 from keras_gemma import kernels
+from keras_gemma.models import quantization
 from keras_gemma.models.backbone import GemmaBackbone
 from keras_gemma.models.description import described
 from keras_gemma.models.packed_inputs import without_absent
@@ -17,6 +18,9 @@ from keras_gemma.training import exact_resume_among
 from keras_gemma.training import in_whole_steps
 from keras_gemma.training import refuse_uncompiled
 from keras_gemma.training import with_progress_bar
+from keras_gemma.training.optimizers import warn_of_weights_that_cannot_move
+from keras_gemma.training.trained_weights import made_for_another_structure
+from keras_gemma.training.trained_weights import refuse_other_weights_than_compiled
 from keras_gemma.training.trained_weights import refuse_what_does_not_train
 
 
@@ -133,6 +137,7 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
         """
         refuse_uncompiled(self, "fit")
         refuse_what_does_not_train(self)
+        warn_of_weights_that_cannot_move(self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = data.split_off_validation(x, y, sample_weight, validation_split)
         if validation_data is not None:
@@ -142,12 +147,14 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
             validation_data = distribution.filled_up(
                 self._batches(vx, vy, vw, size), steps=kwargs.get("validation_steps")
             )
+            validation_data = data.checked(validation_data, self.token_rules)
         shuffle_batches = shuffle and isinstance(x, keras.utils.PyDataset)
         x = self._batches(x, y, sample_weight, batch_size, shuffle)
         kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         if exact_resume := exact_resume_among(kwargs.get("callbacks")):
             return exact_resume.fit(self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs)
         x = distribution.filled_up(x, shuffle_batches, kwargs.get("class_weight"), kwargs.get("steps_per_epoch"))
+        x = data.checked(x, self.token_rules, shuffle_batches, kwargs.get("class_weight"))
         return in_whole_steps(keras.Model.fit)(
             self, x, validation_data=validation_data, shuffle=shuffle_batches, **kwargs
         )
@@ -157,24 +164,45 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
         refuse_uncompiled(self, "evaluate")
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = self._batches(x, y, sample_weight, batch_size), None, None
-            x = distribution.filled_up(x, steps=kwargs.get("steps"))
+            x = data.checked(distribution.filled_up(x, steps=kwargs.get("steps")), self.token_rules)
             kwargs["callbacks"] = with_progress_bar(kwargs.get("callbacks"), kwargs.get("verbose", "auto"))
         return in_whole_steps(keras.Model.evaluate)(self, x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Outputs `[n, num_classes]` for texts. See `keras.Model.predict`."""
         batches = distribution.filled_up(self._batches(x, None, None, batch_size), steps=kwargs.get("steps"))
-        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, batches, **kwargs))
+        rows = data.checked(batches, self.token_rules)
+        return distribution.own_rows(batches, in_whole_steps(keras.Model.predict)(self, rows, **kwargs))
+
+    @property
+    def token_rules(self):
+        """What batches must keep to, a `data.TokenRules`."""
+        return data.TokenRules(self.backbone.vocabulary_size, has_labels=False, padded_on_the_right=True)
+
+    train_on_batch = in_whole_steps(keras_hub.models.TextClassifier.train_on_batch)
+    test_on_batch = in_whole_steps(keras_hub.models.TextClassifier.test_on_batch)
+    predict_on_batch = in_whole_steps(keras_hub.models.TextClassifier.predict_on_batch)
+
+    def make_train_function(self, force=False):
+        refuse_other_weights_than_compiled(self)
+        super().make_train_function(force or made_for_another_structure(self, "train_function"))
+
+    def make_test_function(self, force=False):
+        super().make_test_function(force or made_for_another_structure(self, "test_function"))
 
     def make_predict_function(self, force=False):
+        force = made_for_another_structure(self, "predict_function") or force
         if self.predict_function is None or force:
             super().make_predict_function(force)
             if keras.backend.backend() == "jax":
                 self.predict_function = distribution.with_whole_outputs(self.predict_function)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
+        """As in keras-hub, and refuses what is no token of the model."""
         with numpy_outputs():
-            return super().preprocess_samples(x, y, sample_weight)
+            samples = super().preprocess_samples(x, y, sample_weight)
+        self.token_rules.refuse(*keras.utils.unpack_x_y_sample_weight(samples))
+        return samples
 
     def _batches(self, x, y, sample_weight, batch_size, shuffle=False):
         return data.preprocessed(x, y, sample_weight, batch_size, self._checked_samples, shuffle)
@@ -196,6 +224,17 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
         """As `keras.Model.export`. On JAX and TensorFlow a SavedModel takes any batch size and length by default."""
         kwargs = kernels.export_arguments(self.input, format, input_signature, kwargs)
         super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
+
+    # === Quantisation ===
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantises the weights in place. Arguments and errors are those of `GemmaBackbone.quantize`."""
+        with quantization.quantizing(self.backbone, mode, config, filters) as filters:
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def get_quantization_layer_structure(self, mode=None):
+        """As of `GemmaBackbone`."""
+        return quantization.structure_of(self.backbone, mode)
 
     # === Presets ===
 
@@ -220,11 +259,11 @@ class GemmaTextClassifier(keras_hub.models.TextClassifier):
         """Saves model, output layer and preprocessor. Arguments and errors as of `GemmaCausalLM.save_to_preset`."""
         checkpoints.save_task(self, preset_dir, max_shard_size=max_shard_size)
 
-    save_weights = distribution.written_once(keras_hub.models.Task.save_weights)
+    save_weights = distribution.written_once(checkpoints.save_weights)
 
     def save_task_weights(self, filepath):
         """Saves the weights of the output layer. keras-hub would put the state of the optimizer beside them."""
-        keras.saving.save_weights(self, filepath, objects_to_skip=self._all_but_the_head())
+        checkpoints.save_weights(self, filepath, objects_to_skip=self._all_but_the_head())
 
     def load_task_weights(self, filepath):
         """Loads the weights of the output layer."""

@@ -28,7 +28,7 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
     """Keras' progress bar with loss, accuracy and tokens a second, below 100 columns.
 
     Metrics that were passed to `compile` are shown, too. Everything else stays in `History` and TensorBoard.
-    `fit`, `evaluate` and `predict` of this package's models use it unless `callbacks` has a
+    `fit` and `evaluate` of this package's models use it unless `callbacks` has a
     `keras.callbacks.ProgbarLogger`.
     """
 

@@ -142,6 +142,8 @@ def tune(
     model.compile(
         AdamW(_rate(model, learning_rate, warmup_steps, decay, total_steps), weight_decay=weight_decay),
         gradient_accumulation_steps=gradient_accumulation_steps,
+        # `compile` would put the greedy one in the place of that which the preset was saved with.
+        sampler=getattr(model, "sampler", None) or "greedy",
     )
     own = [TrainingMonitor(), StopOnNonFiniteLoss()]
     if validation_data is not None:

@@ -48,7 +48,7 @@ def test_adapters_alone_train(make_model):
     assert not changed
     assert model.trainable_variables and all("lora" in weight.path for weight in model.trainable_variables)
     assert max(history.history["learning_rate"]) <= 2e-4
-    with pytest.raises(ValueError, match="lora is already enabled"):
+    with pytest.raises(ValueError, match="Adapters are given to a backbone without"):
         tune(model, PAIRS, lora_rank=2, epochs=1, verbose=0)
 
 
