@@ -45,6 +45,7 @@ def staged(target, replace=False):
         OSError: for a disk without room.
     """
     target = pathlib.Path(target).absolute()
+    _refuse_files_for_folders(target)
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f"{PREFIX}{secrets.token_hex(8)}-{target.name}")
@@ -83,6 +84,14 @@ def write_file(path, content):
     """Writes a whole file, bytes or a string, that appears or replaces another when it is complete."""
     with staged(path, replace=True) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _refuse_files_for_folders(target):
+    for parent in target.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise NotADirectoryError(f"`{target}` could not be written: `{parent}` is a file, not a folder.")
+            return
 
 
 def _remove_unfinished(target):

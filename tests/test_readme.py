@@ -71,7 +71,7 @@ def test_the_commands_for_checkpoints(tmp_path):
 
 def test_the_command_for_tuning(tmp_path):
     (command,) = blocks(mark="tuning")
-    assert "3 of 3 examples kept" in printed_in_a_shell(command, tmp_path, tmp_path)
+    assert "6 of 6 examples kept" in printed_in_a_shell(command, tmp_path, tmp_path)
     assert (tmp_path / "tuned" / "preset" / "config.json").exists()
 
 

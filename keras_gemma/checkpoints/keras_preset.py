@@ -6,6 +6,7 @@ keras-hub writes it, under the names `keras_hub>…` and in its first years `ker
 import json
 import os
 import pathlib
+import warnings
 
 import keras
 import keras_hub
@@ -212,7 +213,15 @@ class KerasPreset:
 
     def fill_task(self, task, settings):
         """Loads what the task has besides its backbone, a head that is small; where `settings` is of such a task."""
-        if settings is None or not task.has_task_weights():
+        if settings is None:
+            return
+        if not task.has_task_weights():
+            if optional_file(self.location, hub.TASK_WEIGHTS_FILE) and not self._is_task_of_base(type(task)):
+                warnings.warn(
+                    f"`{self.location}` has weights for layers of a `{type(task).__name__}` besides its backbone, and "
+                    "none of these is built, so the weights are not loaded. Build such layers in `__init__`.",
+                    stacklevel=2,
+                )
             return
         # A subclass with layers of its own begins with a preset of its base, which has nothing for them.
         if self._is_task_of_base(type(task)) and optional_file(self.location, hub.TASK_WEIGHTS_FILE) is None:

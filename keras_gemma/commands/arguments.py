@@ -105,6 +105,19 @@ def share_or_none(text):
     return value
 
 
+def seed(text):
+    value = _number(int, text, "a whole number")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**32 - 1}, received {text}")
+    return value
+
+
+def stop_text(text):
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def mesh_name(text):
     if text not in MESHES:
         closest = difflib.get_close_matches(text, MESHES, n=1)
@@ -171,18 +184,37 @@ def without_backend():
 
 def add_sampling_options(parser):
     group = parser.add_argument_group(
-        "sampling", "Without options, text is sampled as `model.generate` does in Python (see its documentation)."
+        "sampling",
+        "Without options, the sampler that the preset was saved with is used, otherwise the likeliest token, as in "
+        "Python.",
     )
     add = group.add_argument
-    add("--max-new-tokens", type=positive_int, default=128, metavar="N", help="most tokens to write (default: 128)")
-    add("--temperature", type=not_negative_float, metavar="T", help="below 1 is safer, above 1 wilder, 0 is greedy")
+    add(
+        "--max-new-tokens",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="limit of new tokens (default: 128)",
+    )
+    add(
+        "--temperature",
+        type=not_negative_float,
+        metavar="T",
+        help="below 1 less varied, above 1 more, 0 greedy",
+    )
     add("--top-k", "--k", type=positive_int, metavar="K", help="sample among the K likeliest tokens")
     add("--top-p", "--p", type=share, metavar="P", help="sample among the likeliest tokens that sum to P")
     add("--min-p", type=share, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
     add("--repetition-penalty", type=positive_float, metavar="R", help="above 1 avoids tokens that came before")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    add(
+        "--stop",
+        action="append",
+        type=stop_text,
+        metavar="TEXT",
+        help="end before this text; may be repeated",
+    )
     add("--sampler", choices=SAMPLERS, help="shorthand: greedy, random, top_k (K 40) or top_p (P 0.9)")
-    add("--seed", type=int, metavar="S", help="makes the text repeatable (default: a new one each time)")
+    add("--seed", type=seed, metavar="S", help="makes the text repeatable (default: a new one each time)")
 
 
 def sampling_options(args):

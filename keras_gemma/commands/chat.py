@@ -18,6 +18,7 @@ from keras_gemma.commands.arguments import not_negative_float
 from keras_gemma.commands.arguments import positive_float
 from keras_gemma.commands.arguments import positive_int
 from keras_gemma.commands.arguments import sampling_options
+from keras_gemma.commands.arguments import seed
 from keras_gemma.commands.arguments import share
 from keras_gemma.commands.failures import in_one_line
 from keras_gemma.commands.failures import sentence_of
@@ -42,7 +43,7 @@ SETTINGS = {
     "top_p": share,
     "min_p": share,
     "repetition_penalty": positive_float,
-    "seed": int,
+    "seed": seed,
     "sampler": str,
 }
 
@@ -55,7 +56,7 @@ def add(commands):
         help="hold a dialogue",
         description="Holds a dialogue in the terminal. From a pipe, every line is a message.",
         epilog=f"commands inside the dialogue:\n{HELP}\n\n"
-        "Instruction-tuned presets answer; any other preset goes on with the text in its own way.",
+        "Instruction-tuned presets answer; any other preset merely continues the text.",
     )
     add_model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the first message")
@@ -68,6 +69,8 @@ def run(args):
     terminal = InteractiveTerminal() if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     with terminal.waiting(f"loading {args.preset}"):
         model = load_model(args)
+        if model.preprocessor is None:
+            raise ValueError(f"{args.preset} has no tokenizer. `keras-gemma convert ... --tokenizer FILE` adds one.")
         # From here on no message compiles anything, whatever its length.
         model.engine.fix_sizes(model.preprocessor.sequence_length)
     terminal.note(f"{args.preset} listens. /help lists the commands, /quit ends.")

@@ -41,6 +41,8 @@ def check_preset(preset):
         raise ValueError(f"{preset} is {_kind(path)}, not a preset folder. {_how_to_convert(path)}")
     if not path.is_dir():
         raise FileNotFoundError(_unknown(preset, "--preset takes the name of a preset, a folder or a hub handle"))
+    if (path / "preset" / "config.json").exists():
+        raise ValueError(f"The folder {preset} holds a preset inside: --preset {shlex.quote(str(path / 'preset'))}")
     if not (path / "config.json").exists():
         raise ValueError(f"The folder {preset} holds no preset: it has no config.json. {_how_to_convert(path)}")
 
@@ -68,7 +70,7 @@ def check_examples(path):
     check_data(path)
     name = Path(path)
     suffix = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
-    is_pattern = not suffix and any(sign in path for sign in "*?[")
+    is_pattern = any(sign in (suffix or path) for sign in "*?[")
     if path.startswith(DATA_SETS) or name.is_dir() or suffix in DATA_KINDS or is_pattern:
         return
     raise ValueError(

@@ -16,7 +16,7 @@ def add(commands):
         run,
         help="write a model in another format",
         description="Writes a model in another format, a tensor at a time. Numbers keep their dtype unless --dtype "
-        "asks for another. Nothing takes the target's name before all of it is written.",
+        "asks for another. The target appears only when it is complete.",
         epilog="""\
 formats:
   keras          folders of presets           flax       folders of google-deepmind/gemma, Orbax
@@ -36,7 +36,7 @@ examples:
         "--max-shard-size",
         type=positive_float,
         metavar="GB",
-        help="of a file of keras and hugging_face (default: 10)",
+        help="maximum size of a weight file of keras and hugging_face (default: 10)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece model, where the source has none")
 

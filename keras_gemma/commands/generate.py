@@ -51,9 +51,11 @@ def run(args):
 
 def stream_text(model, prompt, strip_prompt, sampling):
     """Pieces of a prompt's text as they come."""
+    # Checks its arguments at once, before anything is printed.
+    pieces = model.stream(prompt, **sampling)
     if not strip_prompt:
         yield prompt
-    yield from model.stream(prompt, **sampling)
+    yield from pieces
 
 
 def read_prompt(prompt):

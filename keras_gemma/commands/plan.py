@@ -23,7 +23,7 @@ def add(commands):
         commands,
         "plan",
         run,
-        help="compile training or generation for TPUs that need not be there",
+        help="compile training or generation for TPUs that you do not have",
         description="Compiles the step that `fit` runs on a configuration, or prefill and decoding of `generate`, with "
         "the TPU's own compiler and no TPU, and says whether it fits, what it computes and sends, and how fast it can "
         "be at best. Takes minutes.",
@@ -50,7 +50,7 @@ The exit status is 1 where it does not fit. Needs libtpu: pip install 'keras_gem
         "--batch-size",
         type=positive_int,
         metavar="B",
-        help="rows of all devices together (default: one a part)",
+        help="rows of all devices together (default: one per device that shares the batch)",
     )
     _add_plan_settings(parser)
     parser.add_argument(
@@ -80,7 +80,7 @@ def _add_plan_settings(parser):
     parser.add_argument(
         "--recompute",
         choices=("none", "dots", "block"),
-        help="what is not kept (default: block)",
+        help="which activations to recompute (default: block)",
     )
     parser.add_argument(
         "--phase",

@@ -46,8 +46,8 @@ def add(commands):
         run,
         help="fine-tune on prompts and responses, or on dialogues",
         description="Supervised fine-tuning: reads and filters examples, says what it dropped and why, trains all "
-        "weights or LoRA adapters, keeps the best evaluation, and writes a preset. Killed, the same command goes on "
-        "from its last checkpoint.",
+        "weights or LoRA adapters, keeps the best evaluation, and writes a preset. If interrupted, run the same "
+        "command again to continue from the last checkpoint.",
         epilog="""\
 examples:
   keras-gemma sft pairs.jsonl --output tuned
@@ -128,7 +128,7 @@ def _add_training_options(group):
         help="activation recomputation (gradient checkpointing), to save memory (default: none)",
     )
     add("--config", type=mesh_name, metavar="NAME", help="mesh in keras_gemma.distribution (default: one device)")
-    add("--seed", type=int, default=0, metavar="S", help="of adapters and order (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of adapters and data order (default: %(default)s)")
 
 
 def _add_lora_options(group):

@@ -5,6 +5,7 @@ brings a loop of its own (`__call__`: beam, contrastive).
 """
 
 import dataclasses
+import numbers
 import threading
 import weakref
 from typing import Any
@@ -114,6 +115,7 @@ class Sampling:
     """
 
     def __init__(self, sampler, seed=None):
+        check_seed(seed)
         self.sampler = sampler
         self.seed = seed
         self.apart = None
@@ -169,6 +171,13 @@ def _moved_apart(value, number):
         return value
     words = np.random.SeedSequence([*map(int, state), number]).generate_state(2) >> 1
     return ops.convert_to_tensor(words, value.dtype)
+
+
+def check_seed(seed):
+    """Raises a `ValueError` for a seed that random number generators do not take."""
+    is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if seed is not None and not (is_whole and 0 <= seed < 2**32):
+        raise ValueError(f"`seed` must be a whole number from 0 to 2³² - 1. Received: {seed!r}")
 
 
 def seeded_values(sampler, seed):

@@ -647,12 +647,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """The model's reply to a dialogue.
 
         Args:
-            messages: list of `{"role", "content"}` messages, the last by the user.
+            messages: list of `{"role", "content"}` messages, the last by the user; or the user's message, a string.
             max_length, stop_token_ids, **kwargs: as of `generate`.
 
         Returns:
             The reply as a string, without turn markers.
         """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         return self.generate(messages, max_length, stop_token_ids, strip_prompt=True, **kwargs)
 
     def make_generate_function(self):

@@ -1,5 +1,7 @@
 """Between what users pass to `generate` and `stream`, and the token ids that `keras_gemma.generation` knows."""
 
+import numbers
+
 import keras
 import numpy as np
 
@@ -117,6 +119,9 @@ def new_token_limits(prompts, max_length, max_new_tokens):
     Raises:
         ValueError: for limits that leave nothing to generate.
     """
+    for name, value in {"max_length": max_length, "max_new_tokens": max_new_tokens}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ValueError(f"`{name}` must be a whole number of tokens. Received: {value!r}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1. Received: {max_new_tokens}")
     limits = []
