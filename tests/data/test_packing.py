@@ -192,9 +192,10 @@ def test_batch_size_counts_packed_rows(model, monkeypatch):
     given = {}
     monkeypatch.setattr(keras.Model, "fit", lambda self, x, **kwargs: given.update(kwargs, x=x))
     model.fit(TEXTS * 9, pack=True, batch_size=2, validation_data=TEXTS * 9, validation_batch_size=3)
-    batches, validation = given["x"], given["validation_data"]
-    assert len(batches[0][1]) == 2 and len(validation[0][1]) == 3
-    assert (batches[0][0]["segment_ids"].max(axis=1) > 2).all()
+    first, *_ = given["x"].get_numpy_iterator()
+    first_of_validation, *_ = given["validation_data"].get_numpy_iterator()
+    assert len(first[1]) == 2 and len(first_of_validation[1]) == 3
+    assert (first[0]["segment_ids"].max(axis=1) > 2).all()
 
 
 def test_validation_split_is_packed_too(model):
