@@ -48,6 +48,8 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         if any(name.startswith("val_") for name in logs):
             # A line with the results of validation has no room for speed.
             _forget(self.progbar, "tokens/s")
+        else:
+            logs |= self._speed.latest
         super().on_epoch_end(epoch, _within_line(logs))
 
     def on_test_end(self, logs=None):

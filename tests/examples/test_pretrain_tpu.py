@@ -37,7 +37,7 @@ def test_a_mesh_of_four_devices_trains_and_saves(tmp_path):
     text = ["--text", f"sea={tmp_path / 'sea.jsonl'}", "--weight=sea=1"]
     done = pretrain(*small, *folders, *text, "--epochs=1")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"2/2 - .* - tokens_per_second", done.stdout), done.stdout
+    assert re.search(r"2/2 - .* - tokens/s", done.stdout), done.stdout
     assert GemmaCausalLM.from_preset(str(tmp_path / "preset")).preprocessor.sequence_length == 16
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
