@@ -59,6 +59,7 @@ options = parsed_options() if __name__ == "__main__" else None
 startup.leave_out_tensorflow()
 
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -99,6 +100,8 @@ SHIPPED_ROW = 256
 
 
 def main(options):
+    # Answers of the model itself may spell one. They are text, as all answers.
+    warnings.filterwarnings("ignore", message="A text spells the special token")
     settings = {"preset": options.preset, "words": options.words, "steps": options.steps, "seed": SEED}
     phases = Phases(options.work_dir, settings)
     dictionary = open_dictionary(options.dictionary) if options.dictionary else fetch_dictionary()

@@ -227,7 +227,7 @@ def _duration(seconds):
 
     >>> from keras_gemma.training.progress import _duration
     >>> [_duration(seconds) for seconds in (5, 95, 4000)]
-    ['5 s', '1 min 35 s', '1 h 7 min']
+    ['5 s', '1 min 35 s', '1 h 6 min']
     """
     seconds = round(seconds)
     if seconds < 60:

@@ -190,11 +190,11 @@ def test_the_gradient_of_groups_is_that_of_reward_and_divergence(make_policy, mo
     assert trainer._learns_in_one_pass(batch)
     assert error() < 1e-4
 
-    def minus_mean(penalised, group_size):
+    def minus_mean(penalised, group_size, *_):
         groups = penalised.reshape(-1, group_size)
         return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
 
-    def in_standard_deviations(penalised, group_size):
+    def in_standard_deviations(penalised, group_size, *_):
         groups = penalised.reshape(-1, group_size)
         return minus_mean(penalised, group_size) / np.repeat(groups.std(axis=1) + 1e-4, group_size)
 

@@ -14,6 +14,15 @@ from keras_gemma.models import GemmaRewardModel
 from keras_gemma.rlhf import DPOTrainer
 from tests.training.crashes import Crash
 
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """A shell that starts tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 if keras.backend.backend() != "jax":
     pytest.skip("Elsewhere the values stay in the model while it trains.", allow_module_level=True)
 
