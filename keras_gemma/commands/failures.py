@@ -86,9 +86,10 @@ def _of_network(error):
             "https://www.kaggle.com/models/google/gemma and set KAGGLE_USERNAME and KAGGLE_KEY, or at "
             f"https://huggingface.co/google and set HF_TOKEN. ({in_one_line(error)[:200]})"
         )
-    if type(error) is ConnectionError:
-        # One of ours, which says all that there is to say.
-        return None
+    for one in chain:
+        if type(one) is ConnectionError:
+            # One of ours, which says all that there is to say.
+            return in_one_line(one)
     unreachable = [one for one in chain if type(one).__name__ in NETWORK_ERRORS]
     if not unreachable:
         return None

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -271,7 +272,7 @@ def test_a_hub_that_goes_away_is_not_one_without_a_tokenizer(source, tmp_path):
         server.closes_with, endpoint = "model.safetensors", f"http://127.0.0.1:{server.server_port}"
         done = keras_gemma(tmp_path, *arguments, HF_ENDPOINT=endpoint)
     assert done.returncode == 1
-    assert "did not answer" in done.stderr and "tokenizer.model" in done.stderr.splitlines()[-1]
+    assert re.search("did not answer|cannot be reached", done.stderr.splitlines()[-1])
     assert not (tmp_path / "target").exists()
     # What was downloaded before is all there is, if one says so.
     done = keras_gemma(tmp_path, *arguments, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
