@@ -23,7 +23,7 @@ def finetune(*arguments):
 def test_adapters_learn_the_responses_and_are_saved_apart_and_merged(tmp_path):
     pairs = [{"prompts": f"Captain number {n}", "responses": "To the north."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    size = ["--sequence-length=32", "--epochs=2", "--rank=2"]
+    size = ["--sequence-length=32", "--epochs=6", "--rank=4"]
     done = finetune("--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "tuned", *size)
     assert (done.returncode, done.stderr) == (0, "")
     before, after = map(float, re.search(r"responses: (\S+) before, (\S+) after", done.stdout).groups())
