@@ -277,7 +277,7 @@ def files_of_one_process_are_read_and_others_written(folder):
         loaded = loaded_from_weights(one)
         np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, atol=1e-5)
         loaded.save_weights(several / "model.weights.h5")
-        with raised("Not a directory|could not be written", OSError):
+        with raised("could not be written|could not write", OSError):
             loaded.save_weights(one / "losses.npy" / "model.weights.h5")
         loaded = loaded_from_preset(one)
         np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, atol=1e-5)
